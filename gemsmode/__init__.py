@@ -1,0 +1,20 @@
+"""gemsmode: an interception layer for PyTorch.
+
+``with GemsMode():`` around an unchanged model runs Triton kernels in place of aten ops, and can say what it replaced,
+what it did not, why, and what each call cost.
+"""
+
+from gemsmode.errors import DuplicateRuleError, GemsError, RuleDeclarationError, RuleFailedError, UnknownOpError
+from gemsmode.explain import Explanation, explain
+from gemsmode.mode import GemsMode, disable, enable, load_ops
+from gemsmode.predicates import Predicate, contiguous, device, dtype, floating, ndim, not_complex, numel, on_gpu, value, where
+from gemsmode.registry import Registry, Rule, rule
+from gemsmode.signature import Call, TensorMeta
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Call", "DuplicateRuleError", "Explanation", "GemsError", "GemsMode", "Predicate", "Registry", "Rule",
+    "RuleDeclarationError", "RuleFailedError", "TensorMeta", "UnknownOpError", "contiguous", "device", "disable", "dtype",
+    "enable", "explain", "floating", "load_ops", "ndim", "not_complex", "numel", "on_gpu", "rule", "value", "where",
+]

@@ -1,0 +1,31 @@
+"""The mistakes a user can make, one class each; every message says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GemsError(Exception):
+    """Base class of every error gemsmode raises itself."""
+
+
+class UnknownOpError(GemsError, ValueError):
+    """A name that selects no aten op."""
+
+    def __init__(self, name: str, known: Iterable[str], what: str = "op") -> None:
+        close = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else "`gemsmode ops` lists what is registered."
+        super().__init__(f"{name!r} is not a known {what}; {hint}")
+
+
+class DuplicateRuleError(GemsError, ValueError):
+    """Two rules of one name, or of one priority, for the same op."""
+
+
+class RuleFailedError(GemsError, RuntimeError):
+    """A rule raised while it was being planned or launched, and ``strict=True`` asked not to fall back."""
+
+
+class RuleDeclarationError(GemsError, TypeError):
+    """A rule that cannot be registered as written."""

@@ -1,0 +1,518 @@
+"""From a mode's options to one handler per op: what a call of each signature does, decided once.
+
+:class:`Policy` is a mode's options made ready; modes with equal options share one, with all its decisions.
+:class:`OpHandler` decides for one op: it tries the op's rules in order on a call's metadata, keeps what it decided,
+and its ``call`` is what an untraced mode runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
+from torch._ops import OpOverload
+
+from gemsmode import plan as plans_module
+from gemsmode.errors import RuleFailedError
+from gemsmode.native import computes, is_composite, native, native_in_order
+from gemsmode.plan import Alloc, Arg, Decline, Disjoint, Into, Launch, Num, Out, Plan
+from gemsmode.predicates import Predicate
+from gemsmode.registry import Candidate, Registry, short_name
+from gemsmode.selectors import Selection, Selector
+from gemsmode.signature import Call, TensorMeta, Unkeyable, describe, make_functions, parameters
+from gemsmode.target import Target, current
+
+log = logging.getLogger("gemsmode")
+
+MAX_PLANS = 2048
+"""Decisions kept for each op; the oldest goes first, so that changing shapes cannot grow memory without bound."""
+
+
+@dataclass(frozen=True)
+class Considered:
+    """One rule and why it was not taken (``reason`` is empty for the one that was)."""
+
+    rule: str
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to the calls of one signature.
+
+    Attributes:
+        kind: ``"rule"``, ``"pass"`` (PyTorch's own), ``"view"`` (PyTorch's own, computes nothing), ``"composite"`` (taken
+            apart into other ops, which come back to the mode) or ``"error"`` (a rule failed; PyTorch's own runs).
+        rule: the rule's name for ``"rule"`` and ``"error"``.
+        reason: for the others, why, in words.
+        considered: every rule looked at, in order.
+        bytes: bytes that a call must move, where the rule states it.
+        flops: floating-point operations of a call, where the rule states it.
+    """
+
+    kind: str
+    rule: str | None = None
+    reason: str | None = None
+    considered: tuple[Considered, ...] = ()
+    bytes: int | None = None
+    flops: int | None = None
+
+
+class Decided:
+    """A decision with the function that carries it out on the op's arguments, given in order."""
+
+    __slots__ = ("decision", "plan", "run")
+
+    def __init__(self, decision: Decision, run: Callable[..., Any], plan: Plan | None = None) -> None:
+        self.decision, self.run, self.plan = decision, run, plan
+
+
+# -- plans of variants -------------------------------------------------------------------------------------------------
+
+
+def _map_refs(value: Any, to: Callable[[Any], Any]) -> Any:
+    if value.__class__ is tuple:
+        return tuple(_map_refs(v, to) for v in value)
+    if value.__class__ is list:
+        return [_map_refs(v, to) for v in value]
+    return to(value)
+
+
+def _returned_outs(plan: Plan) -> list[int] | None:
+    """The allocations that ``plan`` returns, in order; None if it returns anything else."""
+    refs = plan.returns if isinstance(plan.returns, (tuple, list)) and plan.returns.__class__ is not Out else [plan.returns]
+    return [r.index for r in refs] if all(r.__class__ is Out for r in refs) else None
+
+
+def _rewrite(plan: Plan, order: Sequence[int], replaced: dict[int, Arg], into: Sequence[Arg], returns: Any,
+             extra_metas: dict[Arg, TensorMeta], disjoint: tuple[Disjoint, ...]) -> Plan:
+    """``plan`` in a variant's arguments, with some allocations replaced by tensors that are written."""
+    renumber: dict[int, int] = {}
+    for i in range(len(plan.allocs)):
+        if i not in replaced:
+            renumber[i] = len(renumber)
+
+    def to(ref: Any) -> Any:
+        cls = ref.__class__
+        if cls is Arg:
+            return Arg(order[ref.index], ref.item)
+        if cls is Num:
+            return Num(order[ref.index], ref.dtype, ref.item)
+        if cls is Out:
+            return replaced[ref.index] if ref.index in replaced else Out(renumber[ref.index])
+        if cls is Into:
+            return into[ref.index]
+        return ref
+
+    metas = {to(ref): meta for ref, meta in plan.metas.items()}
+    metas.update(extra_metas)
+    steps = tuple(Launch(s.kernel, s.grid, _map_refs(s.args, to), s.constants, s.num_warps, s.num_stages) for s in plan.launches)
+    allocs = tuple(a for i, a in enumerate(plan.allocs) if i not in replaced)
+    return plan._replace(allocs=allocs, launches=steps, metas=metas, disjoint=disjoint,
+                         returns=_map_refs(plan.returns, to) if returns is None else returns)
+
+
+def _byte_extent(meta: TensorMeta) -> int:
+    return meta.extent * meta.dtype.itemsize
+
+
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+class Policy:
+    """The options of a mode, and one handler for each op met so far.
+
+    Args:
+        registry: where the rules are.
+        allow: if not None, only what it selects may be replaced.
+        deny: what it selects is never replaced.
+        strict: raise when a rule fails instead of falling back.
+        target: what kernels run on; defaults to this process's.
+    """
+
+    def __init__(self, registry: Registry, allow: Selection = None, deny: Selection = None, strict: bool = False,
+                 target: Target | None = None) -> None:
+        self.registry, self.strict = registry, strict
+        self.target = target or current()
+        self.allow = None if allow is None else Selector(allow, registry)
+        self.deny = None if deny is None else Selector(deny, registry)
+        self.reentry: Any = None
+        """The mode to push while a composite op is taken apart; set by the mode."""
+        self._handlers: dict[Any, OpHandler] = {}
+        self._registry_state = registry.state()
+        self._lock = threading.RLock()
+
+    @property
+    def is_current(self) -> bool:
+        """False once rules were added or removed since this policy was made."""
+        return self._registry_state == self.registry.state()
+
+    def handler(self, op: Any) -> OpHandler:
+        found = self._handlers.get(op)
+        if found is None:
+            with self._lock:
+                found = self._handlers.get(op)
+                if found is None:
+                    found = self._handlers[op] = OpHandler(op, self)
+        return found
+
+    def permits(self, op: OpOverload, candidate: Candidate) -> tuple[bool, str, Predicate | None]:
+        """Whether allow and deny let ``candidate`` serve ``op``; if not why; and a condition still to be tested."""
+        if self.deny is not None:
+            selected, condition = self.deny.match(op, candidate.rule)
+            if selected and condition is None:
+                return False, "denied by deny=", None
+            if selected and condition is not None:
+                denied = condition
+                return True, "", Predicate(f"not {denied.text}", lambda call: (
+                    (False, f"denied by deny= ({denied.text})") if denied(call)[0] else (True, "")))
+        if self.allow is not None:
+            selected, condition = self.allow.match(op, candidate.rule)
+            if not selected:
+                return False, "not in allow=", None
+            return True, "", condition
+        return True, "", None
+
+
+class OpHandler:
+    """Decides for one op under one policy."""
+
+    def __init__(self, op: Any, policy: Policy) -> None:
+        self.op, self.policy = op, policy
+        self.decided: dict[tuple, Decided] = {}
+        self._plans: dict[tuple, Callable[..., Any]] = {}
+        self._lock = threading.RLock()
+        self.computes = computes(op)
+        candidates = policy.registry.candidates(op) if isinstance(op, OpOverload) else ()
+        self._candidates: list[tuple[Candidate, Predicate | None]] = []
+        self._refused: list[Considered] = []
+        for candidate in candidates:
+            ok, reason, condition = policy.permits(op, candidate)
+            if ok:
+                self._candidates.append((candidate, condition))
+            else:
+                self._refused.append(Considered(candidate.rule.name, candidate.rule.where, reason))
+        self.composite = is_composite(op)
+        self.functions = None
+        why = "no rule" if not candidates else "; ".join(dict.fromkeys(c.reason for c in self._refused))
+        if self._candidates:
+            rules = [c.rule for c, _ in self._candidates]
+            try:
+                self.functions = make_functions(
+                    op, self._plans, self._miss, self._failed, frozenset().union(*(r.by_value for r in rules)),
+                    tuple(dict.fromkeys(s for r in rules for s in r.state)), any(r.tensor_bits for r in rules))
+            except Unkeyable as error:
+                why = str(error)
+        if self.functions is not None:
+            self.call: Callable[..., Any] = self.functions.call
+        elif self.composite:
+            self.call = self._decompose
+        else:
+            self.call = native(op)
+        self.fixed = self._passing(why, in_order=False) if self.functions is None else None
+        """The one decision for every call, if it does not depend on the call."""
+
+    # -- decisions -----------------------------------------------------------------------------------------------------
+
+    def _passing(self, reason: str, considered: Sequence[Considered] = (), in_order: bool = True) -> Decided:
+        looked_at = (*self._refused, *considered)
+        if self.composite:
+            return Decided(Decision("composite", None, reason, looked_at), self._decompose)
+        kind = "pass" if self.computes else "view"
+        return Decided(Decision(kind, None, reason, looked_at), native_in_order(self.op) if in_order else native(self.op))
+
+    def _decompose(self, *args: Any, **kwargs: Any) -> Any:
+        if args and not kwargs and self.functions is not None:
+            kwargs = {p.name: a for p, a in zip(parameters(self.op), args) if p.kwarg_only}
+            args = args[:len(args) - len(kwargs)]
+        _push_on_torch_dispatch_stack(self.policy.reentry)
+        try:
+            result = self.op.decompose(*args, **kwargs)
+        finally:
+            _pop_torch_dispatch_stack(None)
+        return native(self.op)(*args, **kwargs) if result is NotImplemented else result
+
+    def lookup(self, args: tuple[Any, ...]) -> Decided:
+        """The decision for a call whose arguments are given in order, all of them."""
+        if self.fixed is not None:
+            return self.fixed
+        assert self.functions is not None
+        try:
+            key = self._key(args)
+        except Exception:
+            return self._passing(_exotic(args) or "its metadata cannot be read")
+        found = self.decided.get(key)
+        return found if found is not None else self._decide(key, args)
+
+    def _key(self, args: tuple[Any, ...]) -> tuple:
+        assert self.functions is not None
+        by_name = {p.name: a for p, a in zip(parameters(self.op), args) if p.kwarg_only}
+        return self.functions.key(*args[:len(args) - len(by_name)], **by_name)
+
+    def _miss(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        return self.lookup(args).run
+
+    def _decide(self, key: tuple, args: tuple[Any, ...]) -> Decided:
+        with self._lock:
+            if exotic := _exotic(args):
+                # Not kept: a plain tensor of the same metadata has the same key.
+                return self._passing(exotic)
+            decided = self.decide(tuple(describe(a) for a in args))
+            if len(self._plans) >= MAX_PLANS:
+                oldest = next(iter(self._plans))
+                self._plans.pop(oldest, None)
+                self.decided.pop(oldest, None)
+            self.decided[key] = decided
+            self._plans[key] = decided.run
+        if log.isEnabledFor(logging.DEBUG):
+            d = decided.decision
+            log.debug("%s(%s): %s", short_name(self.op), ", ".join(str(describe(a)) for a in args),
+                      f"rule {d.rule}" if d.kind == "rule" else f"{d.kind}: {d.reason}")
+        return decided
+
+    def decide(self, args: tuple[Any, ...], bind: bool = True) -> Decided:
+        """Decide for a call described by metadata; ``bind=False`` makes the plan and does not compile it."""
+        if self.fixed is not None:
+            return self.fixed
+        device, reason = self._device(args)
+        if reason:
+            return self._passing(reason)
+        considered: list[Considered] = []
+        for candidate, condition in self._candidates:
+            rule = candidate.rule
+            try:
+                decided = self._try(candidate, condition, args, device, bind)
+            except Decline as refusal:
+                considered.append(Considered(rule.name, rule.where, str(refusal)))
+                continue
+            except Exception as error:
+                return self._fall_back(rule.name, error, considered)
+            decided.decision = dataclasses.replace(
+                decided.decision, considered=(*self._refused, *considered, Considered(rule.name, rule.where, "")))
+            return decided
+        reasons = dict.fromkeys(c.reason for c in considered)
+        return self._passing("; ".join(reasons), considered)
+
+    def _device(self, args: tuple[Any, ...]) -> tuple[int, str]:
+        """The device index that all tensors share, or why the call passes through."""
+        wanted = self.policy.target.device_type
+        index: int | None = None
+        tensors = [t for a in args for t in (a if a.__class__ is tuple else (a,)) if t.__class__ is TensorMeta]
+        for meta in tensors:
+            if meta.device.type != wanted:
+                if meta.device.type == "cpu" and meta.ndim == 0 and len(tensors) > 1:
+                    continue
+                return 0, f"device {meta.device}; the mode works on {wanted}"
+            if index is not None and meta.device.index != index:
+                return 0, "tensors on several devices"
+            index = meta.device.index
+        if not tensors:
+            named = next((a for p, a in zip(parameters(self.op), args) if p.name == "device"), None)
+            device = torch.device(named) if named is not None else torch.device("cpu")
+            if device.type != wanted:
+                return 0, f"device {device}; the mode works on {wanted}"
+            index = device.index
+        if index is None and wanted == "cuda" and self.policy.target.present:
+            index = torch.cuda.current_device()
+        return index or 0, ""
+
+    def _try(self, candidate: Candidate, condition: Predicate | None, args: tuple[Any, ...], device: int, bind: bool) -> Decided:
+        rule, variant, target = candidate.rule, candidate.variant, self.policy.target
+        base_args = args if variant is None else tuple(args[i] for i in variant.order)
+        call = Call(rule.ops[0] if variant is None and self.op in rule.ops else (variant.base if variant else self.op), base_args, target)
+        if variant is None:
+            call.op = self.op
+        if condition is not None:
+            ok, reason = condition(call)
+            if not ok:
+                raise Decline(reason)
+        ok, reason = rule.admits(call)
+        if not ok:
+            raise Decline(reason)
+        if not rule.is_planned:
+            if target.device_type != "cpu" and any(m.device.type == "cpu" for m in call.tensors):
+                raise Decline("a CPU scalar tensor among the arguments")
+            return Decided(Decision("rule", rule.name), self._simple(rule.implementation, variant))
+        plan = rule.implementation(call)
+        decision = Decision("rule", rule.name, bytes=plan.bytes, flops=plan.flops)
+        finish: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+        if variant is not None:
+            plan, finish = self._as_variant(plan, candidate, call, args)
+        if not bind:
+            return Decided(decision, native_in_order(self.op), plan)
+        run = plans_module.bind(plan, target, len(args), native_in_order(self.op), device)
+        return Decided(decision, finish(run) if finish else run, plan)
+
+    # -- variants ------------------------------------------------------------------------------------------------------
+
+    def _as_variant(self, plan: Plan, candidate: Candidate, call: Call, args: tuple[Any, ...]
+                    ) -> tuple[Plan, Callable[[Callable[..., Any]], Callable[..., Any]] | None]:
+        rule, variant = candidate.rule, candidate.variant
+        assert variant is not None
+        if not variant.outs:
+            return _rewrite(plan, variant.order, {}, (), None, {}, plan.disjoint), None
+        produced = _returned_outs(plan)
+        if produced is None:
+            raise Decline("the rule's result is not written to out=")
+        results = [plan.allocs[i].meta for i in produced]
+        outs = [args[i] for i in variant.outs]
+        targets = [Arg(i) for i in variant.outs]
+        for result, out in zip(results, outs):
+            if out.may_overlap_itself:
+                raise Decline("the tensor to be written overlaps itself")
+            if not torch.can_cast(result.dtype, out.dtype):
+                raise Decline(f"PyTorch rejects it: a result of {result.dtype} cannot be written to {out.dtype}")
+        if any(result.shape != out.shape for result, out in zip(results, outs)):
+            if variant.inplace:
+                raise Decline("PyTorch rejects it: the result's shape is not that of the tensor to be written")
+            return plan._replace(allocs=(), launches=(), metas={}, returns=None), functools.partial(self._resizing, variant.outs, results)
+        returns: Any = targets[0] if len(targets) == 1 else tuple(targets)
+        fits = all(r.dtype == o.dtype and (r.stride == o.stride or r.numel == 0) for r, o in zip(results, outs))
+        reads_written = variant.inplace and not plan.elementwise
+        if (not fits or reads_written) and rule.writes_out:
+            call.outs, call.inplace = tuple(outs), variant.inplace
+            plan = rule.implementation(call)
+            fits, reads_written, produced = True, False, []
+        if not fits or reads_written:
+            functional = _rewrite(plan, variant.order, {}, (), None, {}, ())
+            return functional, functools.partial(self._copying, variant.outs)
+        extra = dict(zip(targets, outs))
+        own = {Arg(variant.order[ref.index], ref.item): meta for ref, meta in plan.metas.items()}
+        disjoint = []
+        for i, (ref, out) in enumerate(extra.items()):
+            for other, meta in (*own.items(), *list(extra.items())[:i]):
+                if other == ref:
+                    continue
+                same = plan.elementwise and (meta.shape, meta.stride, meta.dtype) == (out.shape, out.stride, out.dtype) and other in own
+                disjoint.append(Disjoint(ref, other, _byte_extent(out), _byte_extent(meta), same))
+        replaced = dict(zip(produced, targets))
+        return _rewrite(plan, variant.order, replaced, targets, returns, extra, tuple(disjoint)), None
+
+    def _resizing(self, positions: tuple[int, ...], results: list[TensorMeta], run: Callable[..., Any]) -> Callable[..., Any]:
+        """Resize ``out=`` as PyTorch does (with its warning, unless it is empty), then decide again."""
+
+        def resize(*args: Any) -> Any:
+            for position, result in zip(positions, results):
+                out = args[position]
+                if tuple(out.shape) != result.shape:
+                    _resize_output(out, result.shape)
+                    if tuple(out.stride()) != result.stride:
+                        out.as_strided_(result.shape, result.stride)
+            return self.lookup(args).run(*args)
+
+        return resize
+
+    def _copying(self, positions: tuple[int, ...], run: Callable[..., Any]) -> Callable[..., Any]:
+        """Run into fresh tensors and copy the results where they belong."""
+
+        def run_and_copy(*args: Any) -> Any:
+            results = run(*args)
+            if len(positions) == 1:
+                return args[positions[0]].copy_(results)
+            return tuple([args[p].copy_(r) for p, r in zip(positions, results)])
+
+        return run_and_copy
+
+    def _simple(self, function: Callable[..., Any], variant: Any) -> Callable[..., Any]:
+        base = self.op if variant is None else variant.base
+        declared = parameters(base)
+        order = range(len(declared)) if variant is None else variant.order
+        outs = () if variant is None else variant.outs
+
+        def run(*args: Any) -> Any:
+            given = [args[i] for i in order]
+            keywords = {}
+            while declared[:len(given)] and declared[len(given) - 1].kwarg_only:
+                p, value = declared[len(given) - 1], given.pop()
+                if not (p.has_default and _same(value, p.default)):
+                    keywords[p.name] = value
+            while given and declared[len(given) - 1].has_default and _same(given[-1], declared[len(given) - 1].default):
+                given.pop()
+            results = function(*given, **keywords)
+            if not outs:
+                return results
+            written = []
+            for position, result in zip(outs, results if len(outs) > 1 else (results,)):
+                out = args[position]
+                if out.shape != result.shape:
+                    _resize_output(out, result.shape)
+                written.append(out.copy_(result))
+            return written[0] if len(written) == 1 else tuple(written)
+
+        return run
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def _fall_back(self, rule: str, error: Exception, considered: Sequence[Considered] = ()) -> Decided:
+        """The decision after ``rule`` raised ``error``: PyTorch's own implementation, with a warning; or raise."""
+        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if self.policy.strict:
+            raise RuleFailedError(f"rule {rule!r} failed on {short_name(self.op)}: {text}. "
+                                  "Fix it, deny the op (deny=[...]) or drop strict=True to fall back to PyTorch's own.") from error
+        message = f"gemsmode: rule {rule!r} failed on {short_name(self.op)} and PyTorch's own implementation is used: {text}"
+        warnings.warn(message, RuntimeWarning, stacklevel=6)
+        log.warning("%s", message, exc_info=error)
+        return Decided(Decision("error", rule, text, (*self._refused, *considered)), native_in_order(self.op))
+
+    def _failed(self, error: Exception, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """``run`` raised ``error`` on ``args``: PyTorch's own errors go on; a rule's failure is fallen back from."""
+        try:
+            key = self._key(args)
+        except Exception:
+            raise error from None
+        decided = self.decided.get(key)
+        if decided is None or decided.run is not run or decided.decision.kind != "rule" or isinstance(error, RuleFailedError):
+            raise error
+        if exotic := _exotic(args):
+            return self._passing(exotic).run(*args)
+        if isinstance(error, torch.OutOfMemoryError):
+            return native_in_order(self.op)(*args)
+        fallen = self._fall_back(decided.decision.rule or "", error, decided.decision.considered)
+        with self._lock:
+            self.decided[key] = fallen
+            self._plans[key] = fallen.run
+        return fallen.run(*args)
+
+
+def _resize_output(out: torch.Tensor, shape: Sequence[int]) -> None:
+    from torch._prims_common.wrappers import _maybe_resize_out
+
+    _maybe_resize_out(out, tuple(shape))
+
+
+def _same(value: Any, default: Any) -> bool:
+    if isinstance(value, torch.Tensor) or isinstance(default, torch.Tensor):
+        return value is default
+    return value.__class__ is default.__class__ and value == default
+
+
+def _exotic(args: tuple[Any, ...]) -> str:
+    """Why these arguments are not for kernels, whatever their metadata: sparse, quantized, functorch-wrapped..."""
+    for arg in args:
+        for t in arg if arg.__class__ in (list, tuple) else (arg,):
+            if not isinstance(t, torch.Tensor):
+                continue
+            if t.layout != torch.strided:
+                return f"layout {str(t.layout).removeprefix('torch.')}"
+            if t.is_quantized:
+                return "quantized tensor"
+            if t.is_nested:
+                return "nested tensor"
+            if torch._C._functorch.is_functorch_wrapped_tensor(t):
+                return "functorch-wrapped tensor"
+            if t.is_neg():
+                return "lazily negated tensor"
+            if t._is_zerotensor():
+                return "zero tensor without storage"
+            if torch._is_functional_tensor(t):
+                return "functional tensor"
+    return ""

@@ -1,0 +1,472 @@
+"""A decision made ready to run: what to allocate, which kernels to launch on what, what to return.
+
+A rule's planner turns a call's metadata into a :class:`Plan`; :func:`bind` turns a plan into the function that runs
+it. On a GPU that function is assembled once per structure (how many outputs, which arguments in which slot) and then
+only closed over the sizes of each new plan, so that a new size costs little.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gemsmode import launch
+from gemsmode.launch import POINTER, Spec, integer_type
+from gemsmode.signature import TensorMeta
+from gemsmode.target import Target
+
+log = logging.getLogger("gemsmode")
+
+
+class Arg(NamedTuple):
+    """The op's argument number ``index`` (item ``item`` of it, if it is a list), a tensor."""
+
+    index: int
+    item: int | None = None
+
+
+class Out(NamedTuple):
+    """The plan's allocation number ``index``."""
+
+    index: int
+
+
+class Into(NamedTuple):
+    """The tensor number ``index`` of ``call.outs``: where a planner that writes to given tensors writes."""
+
+    index: int
+
+
+class Num(NamedTuple):
+    """The op's argument number ``index``, a Python number passed to the kernel at run time.
+
+    ``dtype`` is what the kernel sees: ``"fp32"``, ``"fp64"``, ``"i32"`` or ``"i64"``. A 0-dim CPU tensor in that
+    place is read on the host.
+    """
+
+    index: int
+    dtype: str
+    item: int | None = None
+
+
+class Size(NamedTuple):
+    """An integer known to the plan that must not split kernels into classes (a batch stride, a length that grows)."""
+
+    value: int
+
+
+class Alloc(NamedTuple):
+    """A tensor to allocate. ``zero``: filled with zeros first."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    zero: bool = False
+
+    @property
+    def meta(self) -> TensorMeta:
+        return TensorMeta(self.dtype, self.shape, self.stride, torch.device("meta"))
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor of ``shape``, as PyTorch gives them (sizes of 0 count as 1)."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+class Disjoint(NamedTuple):
+    """A written and a read argument that must not share memory (unless they start at one place, if ``same``)."""
+
+    written: Arg
+    read: Arg
+    written_bytes: int
+    read_bytes: int
+    same: bool
+
+
+class Launch(NamedTuple):
+    """One kernel launch.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: programs in each of three dimensions.
+        args: run-time arguments in the order of the kernel's parameters: :class:`Arg`, :class:`Out`, :class:`Num`,
+            :class:`Size`, an int (which is specialized as Triton does: 1, divisible by 16, other), a float, or a tuple
+            of these for a parameter that is a tuple.
+        constants: pairs of constexpr parameter and value.
+        num_warps: warps a program.
+        num_stages: software pipelining depth.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+class Plan(NamedTuple):
+    """What a call does, for every call of its signature.
+
+    Attributes:
+        allocs: tensors to allocate, outputs and workspace.
+        launches: kernels in order; none for an empty result.
+        returns: one reference (:class:`Out` or :class:`Arg`) or a tuple of references for several results.
+        metas: the metadata of every tensor argument referred to, by reference.
+        disjoint: pairs of arguments that must not share memory, checked on each call.
+        elementwise: each output element depends on the input elements of the same index only, so that an output may
+            be an input.
+        bytes: bytes that the call must move, if stated.
+        flops: floating-point operations of the call, if stated.
+    """
+
+    allocs: tuple[Alloc, ...]
+    launches: tuple[Launch, ...]
+    returns: Any
+    metas: dict[Arg, TensorMeta]
+    elementwise: bool = False
+    disjoint: tuple[Disjoint, ...] = ()
+    bytes: int | None = None
+    flops: int | None = None
+
+
+class Decline(Exception):
+    """Raised by a planner that cannot serve a call; the text is the reason that the report shows."""
+
+
+# -- types of arguments ------------------------------------------------------------------------------------------------
+
+
+def _types(plan: Plan, args: tuple[Any, ...], aligned: bool) -> tuple[Any, ...]:
+    kinds: list[Any] = []
+    for value in args:
+        cls = value.__class__
+        if cls is Arg:
+            kinds.append(POINTER[plan.metas[value].dtype] + ("D" if aligned else ""))
+        elif cls is Out:
+            kinds.append(POINTER[plan.allocs[value.index].dtype] + "D")
+        elif cls is int:
+            kinds.append(integer_type(value))
+        elif cls is Num:
+            kinds.append(value.dtype)
+        elif cls is Size:
+            kinds.append(integer_type(value.value, specialize=False))
+        elif cls is float:
+            kinds.append("fp32")
+        else:
+            kinds.append(_types(plan, value, aligned))
+    return tuple(kinds)
+
+
+def specs(plan: Plan, aligned: bool = True) -> list[Spec]:
+    """What each launch of ``plan`` has to be compiled for."""
+    return [Spec(step.kernel, _types(plan, step.args, aligned), step.constants, step.num_warps, step.num_stages)
+            for step in plan.launches]
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+_poisoned = False
+
+
+def poison(on: bool) -> None:
+    """For tests: fill every allocation of plans bound from now on with NaN (or a large integer) first."""
+    global _poisoned
+    _poisoned = on
+
+
+def _poisoned_empty(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate(shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+        tensor = empty(shape, stride, dtype)
+        if dtype.is_floating_point:
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(True if dtype == torch.bool else 113)
+
+    return allocate
+
+
+@functools.cache
+def _allocator(device_type: str) -> Callable[..., torch.Tensor]:
+    fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}", None)
+    if fast is not None:
+        return fast
+
+    def allocate(shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device_type)
+
+    return allocate
+
+
+def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], device: int = 0) -> Callable[..., Any]:
+    """The function that runs ``plan`` on the op's ``arity`` arguments, given in order.
+
+    Compiles what is not compiled yet, before anything is written. ``native`` is called instead when tensors that must
+    not share memory do (PyTorch then raises or copes as it always does).
+
+    Raises:
+        Whatever Triton raises when a kernel does not compile or load.
+    """
+    empty = _allocator(target.device_type)
+    if _poisoned:
+        empty = _poisoned_empty(empty)
+    wanted = specs(plan)
+    if target.interpreted:
+        return _bind_generic(plan, empty, native, [functools.partial(launch.interpreted_launch, s, step.grid)
+                                                   for s, step in zip(wanted, plan.launches)])
+    compiled = [launch.compile(s, target, device) for s in wanted]
+    unaligned = _Later(lambda: _bind_public(plan, target, device, empty, native, aligned=False))
+    entries = [launch.entry(c, s) for c, s in zip(compiled, wanted)]
+    if None in entries or target.device_type != "cuda":
+        run = _bind_public(plan, target, device, empty, native)
+        pointers = tuple(plan.metas)
+
+        def checked(*args: Any) -> Any:
+            bits = 0
+            for ref in pointers:
+                bits |= _resolve(ref, args, []).data_ptr()
+            return unaligned(*args) if bits & 15 else run(*args)
+
+        return checked
+    return _bind_assembled(plan, arity, device, empty, native, wanted, entries, unaligned,
+                           _Later(lambda: _bind_public(plan, target, device, empty, native)))
+
+
+class _Later:
+    """A function that is built when it is first called."""
+
+    def __init__(self, build: Callable[[], Callable[..., Any]]) -> None:
+        self._build = build
+        self._run: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._run is None:
+            self._run = self._build()
+        return self._run(*args)
+
+
+def _bind_public(plan: Plan, target: Target, device: int, empty: Callable[..., torch.Tensor],
+                 native: Callable[..., Any], aligned: bool = True) -> Callable[..., Any]:
+    """Run ``plan`` through Triton's public launcher, on ``device`` whichever device is current."""
+    wanted = specs(plan, aligned)
+    compiled = [launch.compile(s, target, device) for s in wanted]
+    run = _bind_generic(plan, empty, native, [functools.partial(launch.public_launch, c, s, step.grid)
+                                              for c, s, step in zip(compiled, wanted, plan.launches)])
+    module = getattr(torch, target.device_type)
+
+    def on_device(*args: Any) -> Any:
+        with module.device(device):
+            return run(*args)
+
+    return on_device
+
+
+def _resolve(value: Any, args: tuple[Any, ...], allocated: list[torch.Tensor]) -> Any:
+    cls = value.__class__
+    if cls is Arg:
+        return args[value.index] if value.item is None else args[value.index][value.item]
+    if cls is Out:
+        return allocated[value.index]
+    if cls is Num:
+        number = args[value.index] if value.item is None else args[value.index][value.item]
+        if isinstance(number, torch.Tensor):
+            number = number.item()
+        return float(number) if value.dtype.startswith("fp") else int(number)
+    if cls is Size:
+        return value.value
+    if cls is tuple:
+        return tuple(_resolve(v, args, allocated) for v in value)
+    return value
+
+
+def _shares_memory(rule: Disjoint, args: tuple[Any, ...]) -> bool:
+    written, read = _resolve(rule.written, args, []).data_ptr(), _resolve(rule.read, args, []).data_ptr()
+    if rule.same and written == read:
+        return False
+    return written < read + rule.read_bytes and read < written + rule.written_bytes
+
+
+def _bind_generic(plan: Plan, empty: Callable[..., torch.Tensor], native: Callable[..., Any],
+                  launches: Sequence[Callable[[tuple[Any, ...]], None]]) -> Callable[..., Any]:
+    """Run ``plan`` by walking it: for the interpreter, and where the assembled function cannot serve."""
+
+    def run(*args: Any) -> Any:
+        for rule in plan.disjoint:
+            if _shares_memory(rule, args):
+                return native(*args)
+        allocated = []
+        for alloc in plan.allocs:
+            tensor = empty(alloc.shape, alloc.stride, alloc.dtype)
+            allocated.append(tensor.zero_() if alloc.zero else tensor)
+        for step, start in zip(plan.launches, launches):
+            start(tuple([_resolve(v, args, allocated) for v in step.args]))
+        if isinstance(plan.returns, list):
+            return [_resolve(r, args, allocated) for r in plan.returns]
+        return _resolve(plan.returns, args, allocated)
+
+    return run
+
+
+# -- the assembled function --------------------------------------------------------------------------------------------
+#
+# One text per structure of plan, closed over the values of each plan. `_values` and `_text` walk a plan in the same
+# order; only the first runs for a new size of a known structure.
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _flatten(args: tuple[Any, ...]) -> list[Any]:
+    flat: list[Any] = []
+    for value in args:
+        if value.__class__ is tuple:
+            flat += _flatten(value)
+        else:
+            flat.append(value)
+    return flat
+
+
+def _structure(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What of a launch's arguments the text of the assembled function depends on."""
+    result: list[Any] = []
+    for value in args:
+        cls = value.__class__
+        if cls is int:
+            result.append(1 if value == 1 else 0)
+        elif cls is Size or cls is float:
+            result.append(0)
+        elif cls is tuple:
+            result.append(_structure(value))
+        else:
+            result.append(value)
+    return tuple(result)
+
+
+def _values(plan: Plan, entries: Sequence[Any]) -> list[Any]:
+    values: list[Any] = []
+    for rule in plan.disjoint:
+        values += (rule.written_bytes, rule.read_bytes)
+    for alloc in plan.allocs:
+        values += alloc[:3]
+    for step, e in zip(plan.launches, entries):
+        values.append(e.function)
+        values += step.grid
+        values += e.before
+        for value in _flatten(step.args):
+            cls = value.__class__
+            if cls is int or cls is float:
+                values.append(value)
+            elif cls is Size:
+                values.append(value.value)
+    return values
+
+
+class _Names:
+    """Hands out the names of a plan's values in their order."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> str:
+        self.count += 1
+        return f"v{self.count - 1}"
+
+
+def _at(ref: Arg | Num) -> str:
+    return f"a{ref.index}" if ref.item is None else f"a{ref.index}[{ref.item}]"
+
+
+def _pointer(ref: Arg) -> str:
+    return f"p{ref.index}" if ref.item is None else f"p{ref.index}_{ref.item}"
+
+
+def _argument(value: Any, names: _Names, keep_ones: bool) -> str:
+    cls = value.__class__
+    if cls is Arg:
+        return _pointer(value) + ", "
+    if cls is Out:
+        return f"q{value.index}, "
+    if cls is Num:
+        return f"number({_at(value)}), "
+    if cls is tuple:
+        inner = "".join(_argument(v, names, keep_ones) for v in value)
+        return f"({inner}), " if keep_ones else inner
+    name = names()
+    # An integer that is 1 is a constant of the compiled kernel, which then has no parameter for it.
+    return "" if cls is int and value == 1 and not keep_ones else name + ", "
+
+
+def _returned(returns: Any) -> str:
+    if isinstance(returns, list):
+        return "[" + ", ".join(_returned(r) for r in returns) + "]"
+    cls = returns.__class__
+    if returns is None:
+        return "None"
+    if cls is Out:
+        return f"out{returns.index}"
+    if cls is Arg:
+        return _at(returns)
+    return "(" + "".join(f"{_returned(r)}, " for r in returns) + ")"
+
+
+def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int, several_devices: bool) -> str:
+    names = _Names()
+    given = ", ".join(f"a{i}" for i in range(arity))
+    lines = [f"def run({given}):"]
+    lines += [f"    {_pointer(ref)} = {_at(ref)}.data_ptr()" for ref in plan.metas]
+    away = " or current_device() != device" if several_devices else ""
+    lines += [f"    if enter_hooks or exit_hooks{away}:", f"        return public({given})"]
+    if plan.metas:
+        lines += [f"    if ({' | '.join(_pointer(ref) for ref in plan.metas)}) & 15:", f"        return unaligned({given})"]
+    for rule in plan.disjoint:
+        w, r = _pointer(rule.written), _pointer(rule.read)
+        differ = f"{w} != {r} and " if rule.same else ""
+        written_bytes, read_bytes = names(), names()
+        lines += [f"    if {differ}{w} < {r} + {read_bytes} and {r} < {w} + {written_bytes}:", f"        return native({given})"]
+    for i, alloc in enumerate(plan.allocs):
+        lines.append(f"    out{i} = empty({names()}, {names()}, {names()}){'.zero_()' if alloc.zero else ''}")
+        lines.append(f"    q{i} = out{i}.data_ptr()")
+    if plan.launches:
+        lines.append("    stream = stream_of(device)")
+    for step, spec, e in zip(plan.launches, wanted, entries):
+        head = f"{names()}({names()}, {names()}, {names()}, stream, " + "".join(f"{names()}, " for _ in e.before)
+        if e.nested:
+            runtime, _ = launch.split_parameters(spec.kernel)
+            by_name = {n: _argument(v, names, True) for n, v in zip(runtime, step.args)}
+            lines.append(f"    {head}{''.join(by_name.get(n, 'None, ') for n in spec.kernel.arg_names)})")
+        else:
+            lines.append(f"    {head}({''.join(_argument(v, names, False) for v in step.args)}))")
+    lines.append(f"    return {_returned(plan.returns)}")
+    values = "".join(f", v{i}" for i in range(names.count))
+    return (f"def make(empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number{values}):\n"
+            + "".join(f"    {line}\n" for line in lines) + "    return run\n")
+
+
+_factories: dict[Any, Callable[..., Callable[..., Any]]] = {}
+
+
+def _bind_assembled(plan: Plan, arity: int, device: int, empty: Callable[..., torch.Tensor], native: Callable[..., Any],
+                    wanted: Sequence[Spec], entries: Sequence[Any], unaligned: Callable[..., Any],
+                    public: Callable[..., Any]) -> Callable[..., Any]:
+    several_devices = torch.cuda.device_count() > 1
+    returns = plan.returns
+    structure = (arity, tuple([a.zero for a in plan.allocs]), tuple(plan.metas), tuple([d[:2] + d[4:] for d in plan.disjoint]),
+                 tuple([(_structure(step.args), step.kernel if e.nested else None, e.nested, len(e.before))
+                        for step, e in zip(plan.launches, entries)]),
+                 ("list", *returns) if isinstance(returns, list) else returns, several_devices)
+    factory = _factories.get(structure)
+    if factory is None:
+        scope: dict[str, Any] = {}
+        exec(compile(_text(plan, wanted, entries, arity, several_devices), "<gemsmode plan>", "exec"), scope)
+        factory = _factories[structure] = scope["make"]
+    enter_hooks, exit_hooks = launch.hook_lists()
+    return factory(empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, enter_hooks, exit_hooks,
+                   public, unaligned, native, _number, *_values(plan, entries))

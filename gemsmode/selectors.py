@@ -1,0 +1,91 @@
+"""Choosing ops by name, overload, glob or family: what ``allow=`` and ``deny=`` take."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch._ops import OpOverload
+
+from gemsmode.errors import UnknownOpError
+from gemsmode.predicates import Predicate
+from gemsmode.registry import Registry, Rule, aten_overloads, functional_name, plain_name
+
+Selection = Iterable[Any] | Mapping[Any, Any] | str | OpOverload | None
+
+
+class Selector:
+    """A compiled ``allow`` or ``deny``.
+
+    - ``"mm"``: every overload of ``mm``, its in-place form and the internal op that implements it (``"softmax"`` means
+      ``_softmax`` too, ``"layer_norm"`` means ``native_layer_norm``); ``"add_"`` the in-place form alone;
+    - ``"add.Tensor"``: one overload;
+    - ``"*_backward"``: a glob over names, or over ``name.overload`` if it holds a dot;
+    - ``"reduction"``: every rule of that family;
+    - a mapping from any of these to a predicate (or ``...`` for no condition).
+
+    Raises:
+        UnknownOpError: a name that selects nothing; the message lists the nearest names.
+    """
+
+    def __init__(self, selection: Selection, registry: Registry) -> None:
+        if isinstance(selection, (str, OpOverload)):
+            selection = [selection]
+        items = selection.items() if isinstance(selection, Mapping) else ((name, ...) for name in selection or ())
+        self._families: dict[str, Predicate | None] = {}
+        self._names: dict[str, Predicate | None] = {}
+        self._overloads: dict[str, Predicate | None] = {}
+        self._globs: list[tuple[str, Predicate | None]] = []
+        families = {rule.family for rule in registry.all_rules()}
+        for name, condition in items:
+            if condition is not ... and condition is not None and not isinstance(condition, Predicate):
+                raise TypeError(f"the condition for {name!r} must be a predicate such as gemsmode.dtype(torch.float16), or ..., not {condition!r}")
+            self._add(plain_name(str(name)), condition if isinstance(condition, Predicate) else None, families)
+
+    def _add(self, name: str, condition: Predicate | None, families: set[str]) -> None:
+        table = aten_overloads()
+        packet, _, overload = name.partition(".")
+        if any(c in name for c in "*?["):
+            candidates = (f"{p}.{o}" for p, os in table.items() for o in os) if "." in name else iter(table)
+            if not any(fnmatch.fnmatchcase(c, name) for c in candidates):
+                raise UnknownOpError(name, [*table, *families], "op, family or pattern")
+            self._globs.append((name, condition))
+        elif overload and overload in table.get(packet, ()):
+            self._overloads[name] = condition
+        elif overload and packet in table:
+            raise UnknownOpError(name, (f"{packet}.{o}" for o in table[packet]), "overload")
+        elif name in families:
+            self._families[name] = condition
+        elif name in table:
+            self._names[name] = condition
+        else:
+            raise UnknownOpError(name, [*table, *families], "op, family or pattern")
+
+    def match(self, op: OpOverload, rule: Rule | None) -> tuple[bool, Predicate | None]:
+        """Whether ``op`` (served by ``rule``, if any) is selected, and under which condition; the most exact entry decides."""
+        packet = op._schema.name.partition("::")[2]
+        overload = f"{packet}.{op._overloadname}"
+        if overload in self._overloads:
+            return True, self._overloads[overload]
+        for name in names_of(packet):
+            if name in self._names:
+                return True, self._names[name]
+        for pattern, condition in self._globs:
+            if fnmatch.fnmatchcase(overload if "." in pattern else packet, pattern):
+                return True, condition
+        if rule is not None and rule.family in self._families:
+            return True, self._families[rule.family]
+        return False, None
+
+
+def names_of(packet: str) -> list[str]:
+    """The names by which a user may mean the op ``packet``, most exact first."""
+    names = [packet, functional_name(packet)]
+    for name in list(names):
+        for prefix in ("native_", "_"):
+            if name.startswith(prefix) and not name.startswith("__"):
+                names.append(name.removeprefix(prefix))
+                if name.endswith("_data"):
+                    names.append(name.removeprefix(prefix).removesuffix("_data"))
+    return list(dict.fromkeys(names))

@@ -1,0 +1,125 @@
+"""What the kernels run on: the one home of questions about hardware and of the choice between GPU and interpreter.
+
+``TRITON_INTERPRET=1`` must be in force when ``@triton.jit`` runs. On a machine without an accelerator
+:func:`current` puts it in force (and converts Triton's own library functions if Triton was imported earlier), so it
+must be called before a module that defines kernels is imported; ``gemsmode.ops`` is loaded that way.
+
+``GEMSMODE_TARGET`` (for example ``cuda:90``, ``cuda:100``, ``hip:gfx942``) plans for hardware that is not present:
+kernels are then compiled for it and never launched. The tests build every kernel that way on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+log = logging.getLogger("gemsmode")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where plans run.
+
+    Attributes:
+        device_type: ``"cuda"``, ``"xpu"`` or ``"cpu"``; tensors of other device types pass through.
+        backend: Triton's name of the backend, or ``"interpreter"``.
+        arch: compute capability as an int (``90``) for CUDA, the architecture's name for HIP, ``0`` in the interpreter.
+        warp_size: threads a warp.
+        multiprocessors: number of multiprocessors (compute units) of the device.
+        present: False when plans are only made and compiled, never launched.
+    """
+
+    device_type: str
+    backend: str
+    arch: int | str
+    warp_size: int = 32
+    multiprocessors: int = 132
+    present: bool = True
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "interpreter"
+
+    @property
+    def triton(self) -> Any:
+        """Triton's ``GPUTarget`` for this target."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.backend, self.arch, self.warp_size)
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether the device has tensor-memory-access descriptors (compute capability 9.0 and later)."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
+
+INTERPRETER = Target("cpu", "interpreter", 0)
+
+
+def _from_name(name: str) -> Target:
+    backend, _, arch = name.partition(":")
+    if backend == "cuda" and arch.isdigit():
+        return Target("cuda", "cuda", int(arch), 32, present=False)
+    if backend == "hip" and arch:
+        return Target("cuda", "hip", arch, 64, 304, present=False)
+    raise ValueError(f"GEMSMODE_TARGET must look like 'cuda:90' or 'hip:gfx942', not {name!r}")
+
+
+def _interpret_triton_library() -> None:
+    """Make Triton's own ``@triton.jit`` functions (``tl.sum``, ``tl.sigmoid``...) callable from interpreted kernels.
+
+    They were decorated when Triton was imported, possibly before the interpreter was asked for.
+    """
+    import triton.language as language
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    modules = [language, *(importlib.import_module(f"triton.language.{m.name}")
+                           for m in pkgutil.iter_modules(language.__path__) if not m.name.startswith("extra"))]
+    converted: dict[int, Any] = {}
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, converted.setdefault(id(value), InterpretedFunction(value.fn)))
+
+
+def _use_interpreter() -> Target:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"
+    triton.knobs.runtime.interpret = True
+    _interpret_triton_library()
+    return INTERPRETER
+
+
+@functools.cache
+def current() -> Target:
+    """The target of this process, chosen once.
+
+    In order: ``GEMSMODE_TARGET``; the interpreter if ``TRITON_INTERPRET=1``; the accelerator that PyTorch sees; the
+    interpreter, on CPU tensors, with one line in the log that says so.
+    """
+    if name := os.environ.get("GEMSMODE_TARGET"):
+        return _from_name(name)
+    if triton.knobs.runtime.interpret:
+        return _use_interpreter()
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if torch.version.hip:
+            arch: int | str = properties.gcnArchName.split(":")[0]
+            return Target("cuda", "hip", arch, properties.warp_size, properties.multi_processor_count)
+        major, minor = torch.cuda.get_device_capability()
+        return Target("cuda", "cuda", major * 10 + minor, 32, properties.multi_processor_count)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and accelerator.type == "xpu":
+        properties = torch.xpu.get_device_properties()
+        return Target("xpu", "xpu", properties.architecture, 32, properties.gpu_subslice_count)
+    log.info("no accelerator: kernels run on CPU tensors in Triton's interpreter, for checking and not for speed")
+    return _use_interpreter()

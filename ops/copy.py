@@ -1,0 +1,1 @@
+"""Copies that change layout or dtype, and fills."""

@@ -1,0 +1,467 @@
+"""The pointwise engine: one kernel for every elementwise op, with the scalar function as its parameter.
+
+An op is one declaration: its aten name, how its types promote, and a function of loaded blocks whose parameters carry
+the names of the op's own arguments::
+
+    @pointwise("aten.sigmoid.default", kind=INT_TO_FLOAT)
+    @triton.jit
+    def sigmoid(self):
+        return 1 / (1 + tl.exp(-self))
+
+Any argument may be a tensor or a Python number; in-place, ``out=`` and scalar overloads are derived. The plan sorts
+and merges dimensions as PyTorch's ``TensorIterator`` does and picks the flat kernel (all operands dense in one order),
+the tiled one (broadcast and transposed operands, coalesced both ways through a two-dimensional tile) or the indexed
+one (short inner dimensions).
+
+Every function computes in float32 for 16-bit floats (``compute="result"`` keeps the dtype).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gemsmode.ops.layout import Loops, broadcast_shape, broadcast_strides, is_dense, merge, output_strides
+from gemsmode.ops.promotion import ALL, TRITON, opmath, result_type
+from gemsmode.plan import Alloc, Arg, Decline, Into, Launch, Num, Out, Plan, Size
+from gemsmode.predicates import Predicate, dtype_name
+from gemsmode.registry import find_op, planned
+from gemsmode.signature import Call, TensorMeta, parameters
+from gemsmode.target import Target
+
+# -- the kernels -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _offset(where, strides):
+    """Offsets of an operand: `where` holds block indices per dimension; no strides means dense."""
+    if len(strides) == 0:
+        return where[0]
+    else:
+        o = where[0] * strides[0]
+        for d in tl.static_range(1, len(strides)):
+            o = o + where[d] * strides[d]
+        return o
+
+
+@triton.jit
+def _operand(p, where, strides, mask, HOW: tl.constexpr):
+    """A block of one operand, in the dtype that the function computes in. HOW: (is a number, common, compute dtype)."""
+    if HOW[0]:
+        return tl.cast(p, HOW[1]).to(HOW[2])
+    else:
+        return tl.load(p + _offset(where, strides), mask=mask).to(HOW[1]).to(HOW[2])
+
+
+@triton.jit
+def _apply(FN: tl.constexpr, ins, where, strides, mask, HOW: tl.constexpr):
+    b0 = _operand(ins[0], where, strides[0], mask, HOW[0])
+    if len(ins) == 1:
+        return FN(b0)
+    else:
+        b1 = _operand(ins[1], where, strides[1], mask, HOW[1])
+        if len(ins) == 2:
+            return FN(b0, b1)
+        else:
+            b2 = _operand(ins[2], where, strides[2], mask, HOW[2])
+            if len(ins) == 3:
+                return FN(b0, b1, b2)
+            else:
+                b3 = _operand(ins[3], where, strides[3], mask, HOW[3])
+                if len(ins) == 4:
+                    return FN(b0, b1, b2, b3)
+                else:
+                    b4 = _operand(ins[4], where, strides[4], mask, HOW[4])
+                    if len(ins) == 5:
+                        return FN(b0, b1, b2, b3, b4)
+                    else:
+                        b5 = _operand(ins[5], where, strides[5], mask, HOW[5])
+                        return FN(b0, b1, b2, b3, b4, b5)
+
+
+@triton.jit
+def _store(p, where, strides, value, mask):
+    o = _offset(where, strides)
+    tl.store(p + o, tl.broadcast_to(value, mask.shape).to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(outs, where, strides, result, mask):
+    if len(outs) == 1:
+        _store(outs[0], where, strides[0], result, mask)
+    else:
+        for i in tl.static_range(len(outs)):
+            _store(outs[i], where, strides[i], result[i], mask)
+
+
+@triton.jit
+def flat_kernel(outs, ins, n, FN: tl.constexpr, HOW: tl.constexpr, NO_STRIDES: tl.constexpr, WIDE: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """All operands dense in one order. Grid: programs over n elements."""
+    i_block = tl.program_id(0)
+    if WIDE:
+        i_block = i_block.to(tl.int64)
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    _finish(outs, (o,), NO_STRIDES, _apply(FN, ins, (o,), NO_STRIDES, m, HOW), m)
+
+
+@triton.jit
+def tiled_kernel(outs, ins, nx, ny, batch, out_strides, in_strides, FN: tl.constexpr, HOW: tl.constexpr,
+                 WIDE: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
+    """Two-dimensional tiles over the dimensions x and y; each program takes one tile of one batch index."""
+    i_rest = tl.program_id(0)
+    tiles_x = tl.cdiv(nx, BLOCK_X)
+    tiles_y = tl.cdiv(ny, BLOCK_Y)
+    i_x = i_rest % tiles_x
+    i_rest = i_rest // tiles_x
+    i_y = i_rest % tiles_y
+    i_rest = i_rest // tiles_y
+    if WIDE:
+        i_x = i_x.to(tl.int64)
+        i_y = i_y.to(tl.int64)
+        i_rest = i_rest.to(tl.int64)
+    x = (i_x * BLOCK_X + tl.arange(0, BLOCK_X))[None, :]
+    y = (i_y * BLOCK_Y + tl.arange(0, BLOCK_Y))[:, None]
+    m = (x < nx) & (y < ny)  # [BLOCK_Y, BLOCK_X]
+    if len(batch) == 0:
+        where = (x, y)
+    elif len(batch) == 1:
+        where = (x, y, i_rest)
+    elif len(batch) == 2:
+        where = (x, y, i_rest % batch[0], i_rest // batch[0])
+    elif len(batch) == 3:
+        i_2 = i_rest // batch[0]
+        where = (x, y, i_rest % batch[0], i_2 % batch[1], i_2 // batch[1])
+    else:
+        i_2 = i_rest // batch[0]
+        i_3 = i_2 // batch[1]
+        where = (x, y, i_rest % batch[0], i_2 % batch[1], i_3 % batch[2], i_3 // batch[2])
+    _finish(outs, where, out_strides, _apply(FN, ins, where, in_strides, m, HOW), m)
+
+
+@triton.jit
+def indexed_kernel(outs, ins, n, sizes, out_strides, in_strides, FN: tl.constexpr, HOW: tl.constexpr,
+                   WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Each element's index is taken apart into dimensions. Grid: programs over n elements."""
+    i_block = tl.program_id(0)
+    if WIDE:
+        i_block = i_block.to(tl.int64)
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    if len(sizes) == 1:
+        where = (o,)
+    elif len(sizes) == 2:
+        where = (o % sizes[0], o // sizes[0])
+    elif len(sizes) == 3:
+        o_1 = o // sizes[0]
+        where = (o % sizes[0], o_1 % sizes[1], o_1 // sizes[1])
+    elif len(sizes) == 4:
+        o_1 = o // sizes[0]
+        o_2 = o_1 // sizes[1]
+        where = (o % sizes[0], o_1 % sizes[1], o_2 % sizes[2], o_2 // sizes[2])
+    elif len(sizes) == 5:
+        o_1 = o // sizes[0]
+        o_2 = o_1 // sizes[1]
+        o_3 = o_2 // sizes[2]
+        where = (o % sizes[0], o_1 % sizes[1], o_2 % sizes[2], o_3 % sizes[3], o_3 // sizes[3])
+    else:
+        o_1 = o // sizes[0]
+        o_2 = o_1 // sizes[1]
+        o_3 = o_2 // sizes[2]
+        o_4 = o_3 // sizes[3]
+        where = (o % sizes[0], o_1 % sizes[1], o_2 % sizes[2], o_3 % sizes[3], o_4 % sizes[4], o_4 // sizes[4])
+    _finish(outs, where, out_strides, _apply(FN, ins, where, in_strides, m, HOW), m)
+
+
+MAX_DIMS = 6
+"""Dimensions left after merging that the kernels can take."""
+
+
+# -- launch choice -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's share: ``x`` by ``y`` elements (``y`` is 1 for the one-dimensional kernels), and its warps."""
+
+    x: int
+    y: int = 1
+    warps: int = 4
+
+
+_INTERPRETED_BLOCK = 1 << 16  # a program costs 0.3 ms in the interpreter, whatever its size
+_BYTES_PER_THREAD = 32  # of the widest operand: two 16-byte accesses in flight
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def choose_flat(n: int, itemsize: int, target: Target) -> Tile:
+    """The block of the one-dimensional kernels for ``n`` elements, the widest of ``itemsize`` bytes."""
+    if target.interpreted:
+        return Tile(min(power_of_2(n), _INTERPRETED_BLOCK))
+    block = 128 * max(_BYTES_PER_THREAD // itemsize, 1)
+    # Smaller blocks while the device would not be filled twice over.
+    if n < block * target.multiprocessors * 2:
+        block //= 4
+    return Tile(block)
+
+
+def choose_tile(nx: int, ny: int, transposed: bool, itemsize: int, target: Target) -> Tile:
+    """The tile of the two-dimensional kernel. Transposed operands want it square: 64 by 64 keeps both ways coalesced."""
+    if target.interpreted:
+        x = min(power_of_2(nx), 1024)
+        return Tile(x, min(power_of_2(ny), _INTERPRETED_BLOCK // x))
+    if transposed:
+        return Tile(min(64, power_of_2(nx)), min(64, power_of_2(ny)), 8)
+    budget = 128 * max(_BYTES_PER_THREAD // itemsize, 1)
+    x = min(power_of_2(nx), budget)
+    return Tile(x, max(min(power_of_2(ny), budget // x), 1))
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+class Operand(NamedTuple):
+    """One argument of the scalar function.
+
+    Attributes:
+        ref: where it comes from.
+        meta: a tensor's metadata; None for a number.
+        common: the dtype it is converted to first, as promotion says.
+        compute: the dtype in which the function sees it.
+    """
+
+    ref: Arg | Num
+    meta: TensorMeta | None
+    common: torch.dtype
+    compute: torch.dtype
+
+
+def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype | None = None) -> Operand:
+    """The op's argument number ``index`` as an operand; a 0-dim CPU tensor beside GPU tensors is read as a number."""
+    compute = opmath(common) if compute is None else compute
+    value = call.args[index]
+    if value.__class__ is TensorMeta and (value.device.type == call.target.device_type or value.shape):
+        return Operand(Arg(index), value, common, compute)
+    if compute.is_floating_point:
+        kind = "fp64" if compute == torch.float64 else "fp32"
+    else:
+        kind = "i64"
+    return Operand(Num(index, kind), None, common, compute)
+
+
+def _how(operand: Operand) -> tuple[bool, Any, Any]:
+    # A number keeps its precision: PyTorch computes with scalars in the computation's dtype, not in the tensors'.
+    common = operand.compute if operand.meta is None else operand.common
+    return operand.meta is None, TRITON[common], TRITON[operand.compute]
+
+
+def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Sequence[torch.dtype],
+          shape: tuple[int, ...] | None = None, out_stride: tuple[int, ...] | None = None, flops: int = 1) -> Plan:
+    """The plan of one elementwise kernel.
+
+    Args:
+        function: the ``@triton.jit`` scalar function, called with one block an operand.
+        operands: its arguments in order, at most six.
+        out_dtypes: a dtype for each result.
+        shape: the results' shape; defaults to the broadcast of the operands'.
+        out_stride: strides for new results; defaults to PyTorch's choice for elementwise ops.
+        flops: floating-point operations an element, for reports.
+    """
+    metas = [o.meta for o in operands if o.meta is not None]
+    for meta in metas:
+        if meta.dtype not in TRITON:
+            raise Decline(f"{dtype_name(meta.dtype)} is not handled by pointwise kernels")
+    if shape is None:
+        shape = broadcast_shape([m.shape for m in metas])
+    if call.outs is not None:
+        allocs: tuple[Alloc, ...] = ()
+        outs: tuple[Any, ...] = tuple(Into(i) for i in range(len(call.outs)))
+        out_metas = list(call.outs)
+    else:
+        if out_stride is None:
+            out_stride = output_strides(shape, metas, has_number=len(metas) < len(operands))
+        allocs = tuple([Alloc(shape, out_stride, d) for d in out_dtypes])
+        outs = tuple([Out(i) for i in range(len(allocs))])
+        out_metas = [a.meta for a in allocs]
+    returns = outs[0] if len(outs) == 1 else outs
+    refs = {o.ref: o.meta for o in operands if o.meta is not None}
+    n = 1
+    for size in shape:
+        n *= size
+    moved = sum(n * m.dtype.itemsize for m in out_metas) + sum(m.numel * m.dtype.itemsize for m in metas)
+    launches = () if n == 0 else (_launch(call.target, function, operands, outs, out_metas, shape, n),)
+    return Plan(allocs, launches, returns, refs, elementwise=True, bytes=moved, flops=n * flops)
+
+
+def _launch(target: Target, function: Any, operands: Sequence[Operand], outs: tuple[Any, ...],
+            out_metas: Sequence[TensorMeta], shape: tuple[int, ...], n: int) -> Launch:
+    ins = tuple([o.ref for o in operands])
+    how = tuple([_how(o) for o in operands])
+    tensors = [o.meta for o in operands if o.meta is not None]
+    first = out_metas[0].stride
+    itemsize = max([m.dtype.itemsize for m in (*out_metas, *tensors)])
+    no_strides = ((),) * max(len(ins), len(outs))
+    if all(m.stride == first and m.shape == shape for m in (*out_metas, *tensors)) and is_dense(shape, first):
+        loops = Loops((n,), ((1,),))
+    else:
+        loops = merge(shape, [m.stride for m in out_metas] + [broadcast_strides(m, shape) for m in tensors])
+    wide = n >= 2**31 - 2**17 or any(m.extent >= 2**31 for m in (*out_metas, *tensors))
+    common = (("FN", function), ("HOW", how))
+    count = Size(n) if n == 1 else n
+    if loops.is_flat:
+        tile = choose_flat(n, itemsize, target)
+        return Launch(flat_kernel, (-(-n // tile.x), 1, 1), (outs, ins, count),
+                      (*common, ("NO_STRIDES", no_strides), ("WIDE", wide), ("BLOCK", tile.x)), tile.warps)
+    if len(loops.sizes) > MAX_DIMS:
+        raise Decline(f"{len(loops.sizes)} dimensions are left after merging; at most {MAX_DIMS} are handled")
+    x, y = 0, _other_axis(loops)
+    transposed = any(s[y] == 1 and s[x] > 1 for s in loops.strides) if y else False
+    if y and (loops.sizes[x] >= 16 or transposed):
+        tile = choose_tile(loops.sizes[x], loops.sizes[y], transposed, itemsize, target)
+        rest = [d for d in range(len(loops.sizes)) if d not in (x, y)]
+        per_operand = [(s[x], s[y], *(Size(s[d]) for d in rest)) for s in loops.strides]
+        programs = -(-loops.sizes[x] // tile.x) * -(-loops.sizes[y] // tile.y)
+        for d in rest:
+            programs *= loops.sizes[d]
+        if programs < 2**31:
+            return Launch(tiled_kernel, (programs, 1, 1),
+                          (outs, ins, Size(loops.sizes[x]) if loops.sizes[x] == 1 else loops.sizes[x], Size(loops.sizes[y]),
+                           tuple([Size(loops.sizes[d]) for d in rest]), tuple(per_operand[:len(outs)]),
+                           _spread(per_operand[len(outs):], operands)),
+                          (*common, ("WIDE", wide), ("BLOCK_X", tile.x), ("BLOCK_Y", tile.y)), tile.warps)
+    tile = choose_flat(n, itemsize, target)
+    per_operand = [(s[0], *(Size(v) for v in s[1:])) for s in loops.strides]
+    return Launch(indexed_kernel, (-(-n // tile.x), 1, 1),
+                  (outs, ins, count, tuple([Size(s) for s in loops.sizes]), tuple(per_operand[:len(outs)]),
+                   _spread(per_operand[len(outs):], operands)),
+                  (*common, ("WIDE", wide), ("BLOCK", tile.x)), tile.warps)
+
+
+def _spread(strides: Sequence[tuple[Any, ...]], operands: Sequence[Operand]) -> tuple[tuple[Any, ...], ...]:
+    """The tensors' strides, in the places of all operands; numbers have none."""
+    given = iter(strides)
+    return tuple(() if o.meta is None else next(given) for o in operands)
+
+
+def _other_axis(loops: Loops) -> int:
+    """The second dimension of a tile: one along which some operand is dense, else the second fastest; 0 for none."""
+    if len(loops.sizes) < 2:
+        return 0
+    for strides in loops.strides:
+        if strides[0] not in (0, 1):
+            for d in range(1, len(strides)):
+                if strides[d] == 1:
+                    return d
+    return 1
+
+
+# -- declarations ------------------------------------------------------------------------------------------------------
+
+DEFAULT = "default"
+"""The result has the promoted dtype."""
+INT_TO_FLOAT = "int_to_float"
+"""As DEFAULT, and integers become the default float dtype."""
+ALWAYS_BOOL = "always_bool"
+"""The operands are promoted; the result is bool."""
+BOOL_TO_LONG = "bool_to_long"
+"""As DEFAULT, and bool becomes int64."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What :func:`pointwise` was told of an op; the tests and listings read it."""
+
+    op: str
+    functions: tuple[Any, ...]
+    kind: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+declarations: list[Declaration] = []
+
+
+def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = ALL, promote: Sequence[str] | None = None,
+              keep: Sequence[str] = (), compute: str = "opmath", outputs: Sequence[torch.dtype | None] = (None,),
+              select: Callable[[Call], Any] | None = None, by_value: Sequence[str] = (),
+              check: Callable[[Call, torch.dtype], None] | None = None, flops: int = 1, name: str | None = None) -> Callable[[Any], Any]:
+    """Declare a pointwise op.
+
+    Args:
+        op: the functional overload's full literal name.
+        kind: ``DEFAULT``, ``INT_TO_FLOAT``, ``ALWAYS_BOOL`` or ``BOOL_TO_LONG``.
+        dtypes: the promoted dtypes that PyTorch accepts on this op; others pass through (and raise there).
+        promote: names of the arguments that take part in promotion; defaults to the tensor arguments among the
+            function's parameters, less ``keep``.
+        keep: names of tensor arguments that keep their own dtype (a mask).
+        compute: ``"opmath"`` (float32 for the 16-bit floats) or ``"result"`` (the promoted dtype itself).
+        outputs: a dtype for each result, None for the dtype that ``kind`` gives.
+        select: picks the scalar function for a call (by a mode string, say) instead of the decorated one.
+        by_value: names of number arguments whose value ``select`` or ``check`` looks at.
+        check: raises :class:`~gemsmode.plan.Decline` for calls not served; given the call and the promoted dtype.
+        flops: operations an element, for reports.
+    """
+
+    def decorate(function: Any) -> Any:
+        overload = find_op(op)
+        declared = parameters(overload)
+        index = {p.name: i for i, p in enumerate(declared)}
+        names = tuple(function.arg_names)
+        unknown = [n for n in names if n not in index]
+        if unknown:
+            raise TypeError(f"{op} has no argument {', '.join(unknown)}; a pointwise function's parameters are named as in {overload._schema}")
+        promoted = tuple(promote) if promote is not None else tuple(
+            n for n in names if declared[index[n]].is_tensor and n not in keep)
+        allowed = frozenset(dtypes)
+        allowed_names = "{" + ", ".join(dtype_name(d) for d in dtypes) + "}"
+
+        def common_dtype(call: Call) -> torch.dtype:
+            return result_type([call.args[index[n]] for n in promoted if call.args[index[n]] is not None])
+
+        def admits(call: Call) -> tuple[bool, str]:
+            common = common_dtype(call)
+            if common in allowed:
+                return True, ""
+            return False, f"{dtype_name(common)} is not in {allowed_names}" + (": complex is not handled yet" if common.is_complex else "")
+
+        declarations.append(Declaration(op, (function,), kind, tuple(dtypes)))
+        state = (torch.get_default_dtype,) if kind == INT_TO_FLOAT else ()
+
+        @planned(op, Predicate(f"dtype in {allowed_names}", admits), family="pointwise", kernel=function, name=name or function.fn.__name__, numbers=True, by_value=by_value,
+                 state=state, writes_out=True)
+        def plan(call: Call) -> Plan:
+            args = call.args
+            common = common_dtype(call)
+            if check is not None:
+                check(call, common)
+            if kind == INT_TO_FLOAT and not common.is_floating_point:
+                common = torch.get_default_dtype()
+            elif kind == BOOL_TO_LONG and common == torch.bool:
+                common = torch.int64
+            result = torch.bool if kind == ALWAYS_BOOL else common
+            inner = opmath(common) if compute == "opmath" else common
+            chosen = function if select is None else select(call)
+            operands = []
+            for n in chosen.arg_names:
+                i = index[n]
+                value = args[i]
+                if n in keep and value.__class__ is TensorMeta:
+                    operands.append(as_operand(call, i, value.dtype, value.dtype))
+                else:
+                    operands.append(as_operand(call, i, common, inner))
+            if all(o.meta is None for o in operands):
+                raise Decline("no tensor on the mode's device")
+            return build(call, chosen, operands, [d or result for d in outputs], flops=flops)
+
+        return function
+
+    return decorate

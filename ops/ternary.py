@@ -1,0 +1,1 @@
+"""where, clamp, lerp, addcmul, masked_fill and other ops of three operands."""
