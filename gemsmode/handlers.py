@@ -7,14 +7,12 @@ and its ``call`` is what an untraced mode runs.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
@@ -36,8 +34,7 @@ MAX_PLANS = 2048
 """Decisions kept for each op; the oldest goes first, so that changing shapes cannot grow memory without bound."""
 
 
-@dataclass(frozen=True)
-class Considered:
+class Considered(NamedTuple):
     """One rule and why it was not taken (``reason`` is empty for the one that was)."""
 
     rule: str
@@ -45,8 +42,7 @@ class Considered:
     reason: str
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What happens to the calls of one signature.
 
     Attributes:
@@ -73,7 +69,9 @@ class Decided:
     __slots__ = ("decision", "plan", "run")
 
     def __init__(self, decision: Decision, run: Callable[..., Any], plan: Plan | None = None) -> None:
-        self.decision, self.run, self.plan = decision, run, plan
+        self.decision, self.run = decision, run
+        self.plan = plan
+        """Kept only where it was not bound: a thousand plans would slow every garbage collection down."""
 
 
 # -- plans of variants -------------------------------------------------------------------------------------------------
@@ -106,7 +104,7 @@ def _rewrite(plan: Plan, order: Sequence[int], replaced: dict[int, Arg], into: S
         if cls is Arg:
             return Arg(order[ref.index], ref.item)
         if cls is Num:
-            return Num(order[ref.index], ref.dtype, ref.item)
+            return ref._replace(index=order[ref.index])
         if cls is Out:
             return replaced[ref.index] if ref.index in replaced else Out(renumber[ref.index])
         if cls is Into:
@@ -193,19 +191,19 @@ class OpHandler:
         self._lock = threading.RLock()
         self.computes = computes(op)
         candidates = policy.registry.candidates(op) if isinstance(op, OpOverload) else ()
-        self._candidates: list[tuple[Candidate, Predicate | None]] = []
+        self._candidates: list[tuple[Candidate, Predicate | None, Considered]] = []
         self._refused: list[Considered] = []
         for candidate in candidates:
             ok, reason, condition = policy.permits(op, candidate)
             if ok:
-                self._candidates.append((candidate, condition))
+                self._candidates.append((candidate, condition, Considered(candidate.rule.name, candidate.rule.where, "")))
             else:
                 self._refused.append(Considered(candidate.rule.name, candidate.rule.where, reason))
         self.composite = is_composite(op)
         self.functions = None
         why = "no rule" if not candidates else "; ".join(dict.fromkeys(c.reason for c in self._refused))
         if self._candidates:
-            rules = [c.rule for c, _ in self._candidates]
+            rules = [c.rule for c, _, _ in self._candidates]
             try:
                 self.functions = make_functions(
                     op, self._plans, self._miss, self._failed, frozenset().union(*(r.by_value for r in rules)),
@@ -287,7 +285,7 @@ class OpHandler:
         if reason:
             return self._passing(reason)
         considered: list[Considered] = []
-        for candidate, condition in self._candidates:
+        for candidate, condition, taken in self._candidates:
             rule = candidate.rule
             try:
                 decided = self._try(candidate, condition, args, device, bind)
@@ -296,8 +294,7 @@ class OpHandler:
                 continue
             except Exception as error:
                 return self._fall_back(rule.name, error, considered)
-            decided.decision = dataclasses.replace(
-                decided.decision, considered=(*self._refused, *considered, Considered(rule.name, rule.where, "")))
+            decided.decision = decided.decision._replace(considered=(*self._refused, *considered, taken))
             return decided
         reasons = dict.fromkeys(c.reason for c in considered)
         return self._passing("; ".join(reasons), considered)
@@ -328,9 +325,7 @@ class OpHandler:
     def _try(self, candidate: Candidate, condition: Predicate | None, args: tuple[Any, ...], device: int, bind: bool) -> Decided:
         rule, variant, target = candidate.rule, candidate.variant, self.policy.target
         base_args = args if variant is None else tuple(args[i] for i in variant.order)
-        call = Call(rule.ops[0] if variant is None and self.op in rule.ops else (variant.base if variant else self.op), base_args, target)
-        if variant is None:
-            call.op = self.op
+        call = Call(self.op if variant is None else variant.base, base_args, target)
         if condition is not None:
             ok, reason = condition(call)
             if not ok:
@@ -350,7 +345,7 @@ class OpHandler:
         if not bind:
             return Decided(decision, native_in_order(self.op), plan)
         run = plans_module.bind(plan, target, len(args), native_in_order(self.op), device)
-        return Decided(decision, finish(run) if finish else run, plan)
+        return Decided(decision, finish(run) if finish else run)
 
     # -- variants ------------------------------------------------------------------------------------------------------
 
@@ -495,11 +490,18 @@ def _same(value: Any, default: Any) -> bool:
     return value.__class__ is default.__class__ and value == default
 
 
+_plain_keys: set[int] = set()
+"""The dispatch keys of tensors found to be plain: the keys tell every exotic kind, so those seen need no second look."""
+
+
 def _exotic(args: tuple[Any, ...]) -> str:
     """Why these arguments are not for kernels, whatever their metadata: sparse, quantized, functorch-wrapped..."""
     for arg in args:
         for t in arg if arg.__class__ in (list, tuple) else (arg,):
             if not isinstance(t, torch.Tensor):
+                continue
+            keys = torch._C._dispatch_keys(t).raw_repr()
+            if keys in _plain_keys:
                 continue
             if t.layout != torch.strided:
                 return f"layout {str(t.layout).removeprefix('torch.')}"
@@ -515,4 +517,5 @@ def _exotic(args: tuple[Any, ...]) -> str:
                 return "zero tensor without storage"
             if torch._is_functional_tensor(t):
                 return "functional tensor"
+            _plain_keys.add(keys)
     return ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,20 @@ POINTER = {
 """Triton's pointer type for each dtype that kernels can read; complex has none."""
 
 _CAPTURED_ALIGNMENT = [["tt.divisibility", 16]]
+
+
+class Constants(tuple):
+    """Pairs of constexpr parameter and value whose hash is computed once: plans of new sizes look kernels up by it."""
+
+    _hash: int
+
+    def __new__(cls, pairs: Iterable[tuple[str, Any]]) -> Constants:
+        self = super().__new__(cls, pairs)
+        self._hash = tuple.__hash__(self)
+        return self
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class Spec(NamedTuple):

@@ -44,13 +44,14 @@ class Into(NamedTuple):
 class Num(NamedTuple):
     """The op's argument number ``index``, a Python number passed to the kernel at run time.
 
-    ``dtype`` is what the kernel sees: ``"fp32"``, ``"fp64"``, ``"i32"`` or ``"i64"``. A 0-dim CPU tensor in that
-    place is read on the host.
+    ``dtype`` is what the kernel sees: ``"fp32"``, ``"fp64"``, ``"i32"`` or ``"i64"``. ``from_tensor``: the argument is
+    a 0-dim CPU tensor, read on the host.
     """
 
     index: int
     dtype: str
     item: int | None = None
+    from_tensor: bool = False
 
 
 class Size(NamedTuple):
@@ -217,26 +218,98 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
     empty = _allocator(target.device_type)
     if _poisoned:
         empty = _poisoned_empty(empty)
-    wanted = specs(plan)
     if target.interpreted:
         return _bind_generic(plan, empty, native, [functools.partial(launch.interpreted_launch, s, step.grid)
-                                                   for s, step in zip(wanted, plan.launches)])
-    compiled = [launch.compile(s, target, device) for s in wanted]
+                                                   for s, step in zip(specs(plan), plan.launches)])
+    several_devices = torch.cuda.device_count() > 1
+    returns = plan.returns
+    flat: list[Any] = [arity, device, id(target), ("list", *returns) if returns.__class__ is list else returns]
+    values: list[Any] = []
+    for rule in plan.disjoint:
+        flat.append(rule[:2] + rule[4:])
+        values += rule[2:4]
+    for alloc in plan.allocs:
+        flat.append(alloc[2:])
+        values += alloc[:3]
+    for ref, meta in plan.metas.items():
+        flat += (ref, meta.dtype)
+    at_launch = []
+    for step in plan.launches:
+        flat += (id(step.kernel), step.constants, step.num_warps, step.num_stages)
+        at_launch.append(len(values))
+        values += step.grid
+        _walk(step.args, flat, values)
+    key = tuple(flat)
+    ready = _ready.get(key)
+    if ready is None:
+        ready = _ready[key] = _make_ready(plan, target, arity, device, several_devices)
+    factory, entries, _ = ready
     unaligned = _Later(lambda: _bind_public(plan, target, device, empty, native, aligned=False))
-    entries = [launch.entry(c, s) for c, s in zip(compiled, wanted)]
+    public = _Later(lambda: _bind_public(plan, target, device, empty, native))
+    if factory is None:
+        return _bind_checked(plan, public, unaligned)
+    for position, (_, e) in zip(reversed(at_launch), reversed(entries)):
+        values[position:position] = (e.function,)
+        values[position + 4:position + 4] = e.before
+    enter_hooks, exit_hooks = launch.hook_lists()
+    return factory(empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, enter_hooks, exit_hooks,
+                   public, unaligned, native, _number, *values)
+
+
+_Ready = tuple["Callable[..., Callable[..., Any]] | None", "list[tuple[Spec, Any]]", Target]
+
+_ready: dict[tuple[Any, ...], _Ready] = {}
+"""By all of a plan but its sizes: the factory of the assembled function (None: the public way), its kernels, and the
+target (which, like the kernels, is in the key by its id and so must stay alive)."""
+
+
+def _walk(args: tuple[Any, ...], flat: list[Any], values: list[Any]) -> None:
+    """Append to ``flat`` what of the arguments kernels and text depend on, and to ``values`` what each plan differs in."""
+    for value in args:
+        cls = value.__class__
+        if cls is int:
+            flat.append(integer_type(value))
+            values.append(value)
+        elif cls is Size:
+            number = value.value
+            flat.append("n" if -2**31 <= number < 2**31 else "N")
+            values.append(number)
+        elif cls is tuple:
+            flat.append(-1 - len(value))
+            _walk(value, flat, values)
+        elif cls is float:
+            flat.append(float)
+            values.append(value)
+        else:
+            flat.append(value)
+
+
+def _make_ready(plan: Plan, target: Target, arity: int, device: int, several_devices: bool) -> _Ready:
+    wanted = specs(plan)
+    entries = [launch.entry(launch.compile(s, target, device), s) for s in wanted]
+    pairs = list(zip(wanted, entries))
     if None in entries or target.device_type != "cuda":
-        run = _bind_public(plan, target, device, empty, native)
-        pointers = tuple(plan.metas)
+        return None, pairs, target
+    text = _text(plan, wanted, entries, arity, several_devices)
+    factory = _factories.get(text)
+    if factory is None:
+        scope: dict[str, Any] = {}
+        exec(compile(text, "<gemsmode plan>", "exec"), scope)
+        factory = _factories[text] = scope["make"]
+    return factory, pairs, target
 
-        def checked(*args: Any) -> Any:
-            bits = 0
-            for ref in pointers:
-                bits |= _resolve(ref, args, []).data_ptr()
-            return unaligned(*args) if bits & 15 else run(*args)
 
-        return checked
-    return _bind_assembled(plan, arity, device, empty, native, wanted, entries, unaligned,
-                           _Later(lambda: _bind_public(plan, target, device, empty, native)))
+def _bind_checked(plan: Plan, run: Callable[..., Any], unaligned: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``plan`` the public way, with kernels that fit the alignment of the tensors at hand."""
+    pointers = tuple(plan.metas)
+
+    def checked(*args: Any) -> Any:
+        bits = 0
+        for ref in pointers:
+            bits |= _resolve(ref, args, []).data_ptr()
+        return unaligned(*args) if bits & 15 else run(*args)
+
+    return checked
 
 
 class _Later:
@@ -316,57 +389,12 @@ def _bind_generic(plan: Plan, empty: Callable[..., torch.Tensor], native: Callab
 
 # -- the assembled function --------------------------------------------------------------------------------------------
 #
-# One text per structure of plan, closed over the values of each plan. `_values` and `_text` walk a plan in the same
-# order; only the first runs for a new size of a known structure.
+# One text per structure of plan, closed over the values of each plan. `bind` collects the values in the order in which
+# `_text` names them; the text is not made again for a new size of a known structure.
 
 
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
-def _flatten(args: tuple[Any, ...]) -> list[Any]:
-    flat: list[Any] = []
-    for value in args:
-        if value.__class__ is tuple:
-            flat += _flatten(value)
-        else:
-            flat.append(value)
-    return flat
-
-
-def _structure(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What of a launch's arguments the text of the assembled function depends on."""
-    result: list[Any] = []
-    for value in args:
-        cls = value.__class__
-        if cls is int:
-            result.append(1 if value == 1 else 0)
-        elif cls is Size or cls is float:
-            result.append(0)
-        elif cls is tuple:
-            result.append(_structure(value))
-        else:
-            result.append(value)
-    return tuple(result)
-
-
-def _values(plan: Plan, entries: Sequence[Any]) -> list[Any]:
-    values: list[Any] = []
-    for rule in plan.disjoint:
-        values += (rule.written_bytes, rule.read_bytes)
-    for alloc in plan.allocs:
-        values += alloc[:3]
-    for step, e in zip(plan.launches, entries):
-        values.append(e.function)
-        values += step.grid
-        values += e.before
-        for value in _flatten(step.args):
-            cls = value.__class__
-            if cls is int or cls is float:
-                values.append(value)
-            elif cls is Size:
-                values.append(value.value)
-    return values
+def _number(value: torch.Tensor) -> Any:
+    return value.item()
 
 
 class _Names:
@@ -395,7 +423,7 @@ def _argument(value: Any, names: _Names, keep_ones: bool) -> str:
     if cls is Out:
         return f"q{value.index}, "
     if cls is Num:
-        return f"number({_at(value)}), "
+        return f"number({_at(value)}), " if value.from_tensor else f"{_at(value)}, "
     if cls is tuple:
         inner = "".join(_argument(v, names, keep_ones) for v in value)
         return f"({inner}), " if keep_ones else inner
@@ -450,23 +478,4 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
             + "".join(f"    {line}\n" for line in lines) + "    return run\n")
 
 
-_factories: dict[Any, Callable[..., Callable[..., Any]]] = {}
-
-
-def _bind_assembled(plan: Plan, arity: int, device: int, empty: Callable[..., torch.Tensor], native: Callable[..., Any],
-                    wanted: Sequence[Spec], entries: Sequence[Any], unaligned: Callable[..., Any],
-                    public: Callable[..., Any]) -> Callable[..., Any]:
-    several_devices = torch.cuda.device_count() > 1
-    returns = plan.returns
-    structure = (arity, tuple([a.zero for a in plan.allocs]), tuple(plan.metas), tuple([d[:2] + d[4:] for d in plan.disjoint]),
-                 tuple([(_structure(step.args), step.kernel if e.nested else None, e.nested, len(e.before))
-                        for step, e in zip(plan.launches, entries)]),
-                 ("list", *returns) if isinstance(returns, list) else returns, several_devices)
-    factory = _factories.get(structure)
-    if factory is None:
-        scope: dict[str, Any] = {}
-        exec(compile(_text(plan, wanted, entries, arity, several_devices), "<gemsmode plan>", "exec"), scope)
-        factory = _factories[structure] = scope["make"]
-    enter_hooks, exit_hooks = launch.hook_lists()
-    return factory(empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, enter_hooks, exit_hooks,
-                   public, unaligned, native, _number, *_values(plan, entries))
+_factories: dict[str, Callable[..., Callable[..., Any]]] = {}

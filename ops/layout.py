@@ -69,9 +69,22 @@ def _matches(shape: tuple[int, ...], strides: tuple[int, ...], expected: tuple[i
     return all(size == 1 or s == e for size, s, e in zip(shape, strides, expected))
 
 
+def _descends(strides: tuple[int, ...]) -> bool:
+    """Whether the strides that are not 0 fall strictly from the first dimension to the last: already in order."""
+    last = 0
+    for stride in reversed(strides):
+        if stride:
+            if stride <= last:
+                return False
+            last = stride
+    return True
+
+
 def stride_order(shape: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> list[int]:
     """Dimensions from fastest to slowest, as ``TensorIterator`` sorts them by the operands' strides."""
     order = list(range(len(shape) - 1, -1, -1))
+    if all(_descends(strides) for strides in operands):
+        return order
 
     def compare(a: int, b: int) -> int:
         for strides in operands:

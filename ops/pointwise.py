@@ -18,6 +18,7 @@ Every function computes in float32 for 16-bit floats (``compute="result"`` keeps
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ import triton.language as tl
 
 from gemsmode.ops.layout import Loops, broadcast_shape, broadcast_strides, is_dense, merge, output_strides
 from gemsmode.ops.promotion import ALL, TRITON, opmath, result_type
+from gemsmode.launch import Constants
 from gemsmode.plan import Alloc, Arg, Decline, Into, Launch, Num, Out, Plan, Size
 from gemsmode.predicates import Predicate, dtype_name
 from gemsmode.registry import find_op, planned
@@ -250,19 +252,26 @@ def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype
     """The op's argument number ``index`` as an operand; a 0-dim CPU tensor beside GPU tensors is read as a number."""
     compute = opmath(common) if compute is None else compute
     value = call.args[index]
-    if value.__class__ is TensorMeta and (value.device.type == call.target.device_type or value.shape):
+    is_tensor = value.__class__ is TensorMeta
+    if is_tensor and (value.device.type == call.target.device_type or value.shape):
         return Operand(Arg(index), value, common, compute)
     if compute.is_floating_point:
         kind = "fp64" if compute == torch.float64 else "fp32"
     else:
         kind = "i64"
-    return Operand(Num(index, kind), None, common, compute)
+    return Operand(Num(index, kind, None, is_tensor), None, common, compute)
 
 
-def _how(operand: Operand) -> tuple[bool, Any, Any]:
+@functools.cache
+def _how(kinds: tuple[tuple[bool, torch.dtype, torch.dtype], ...]) -> tuple[Any, ...]:
     # A number keeps its precision: PyTorch computes with scalars in the computation's dtype, not in the tensors'.
-    common = operand.compute if operand.meta is None else operand.common
-    return operand.meta is None, TRITON[common], TRITON[operand.compute]
+    return tuple((number, TRITON[compute if number else common], TRITON[compute]) for number, common, compute in kinds)
+
+
+@functools.cache
+def _constants(function: Any, kinds: tuple[tuple[bool, torch.dtype, torch.dtype], ...],
+               rest: tuple[tuple[str, Any], ...]) -> Constants:
+    return Constants((("FN", function), ("HOW", _how(kinds)), *rest))
 
 
 def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Sequence[torch.dtype],
@@ -277,80 +286,110 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
         out_stride: strides for new results; defaults to PyTorch's choice for elementwise ops.
         flops: floating-point operations an element, for reports.
     """
-    metas = [o.meta for o in operands if o.meta is not None]
-    for meta in metas:
+    tensors = [o.meta for o in operands if o.meta is not None]
+    for meta in tensors:
         if meta.dtype not in TRITON:
             raise Decline(f"{dtype_name(meta.dtype)} is not handled by pointwise kernels")
+    alike = bool(tensors)
+    if alike:
+        first = tensors[0]
+        for meta in tensors:
+            if meta.shape != first.shape or meta.stride != first.stride:
+                alike = False
+                break
     if shape is None:
-        shape = broadcast_shape([m.shape for m in metas])
-    if call.outs is not None:
-        allocs: tuple[Alloc, ...] = ()
-        outs: tuple[Any, ...] = tuple(Into(i) for i in range(len(call.outs)))
-        out_metas = list(call.outs)
-    else:
-        if out_stride is None:
-            out_stride = output_strides(shape, metas, has_number=len(metas) < len(operands))
-        allocs = tuple([Alloc(shape, out_stride, d) for d in out_dtypes])
-        outs = tuple([Out(i) for i in range(len(allocs))])
-        out_metas = [a.meta for a in allocs]
-    returns = outs[0] if len(outs) == 1 else outs
-    refs = {o.ref: o.meta for o in operands if o.meta is not None}
+        shape = tensors[0].shape if alike else broadcast_shape([m.shape for m in tensors])
+    elif alike:
+        alike = shape == first.shape
     n = 1
     for size in shape:
         n *= size
-    moved = sum(n * m.dtype.itemsize for m in out_metas) + sum(m.numel * m.dtype.itemsize for m in metas)
-    launches = () if n == 0 else (_launch(call.target, function, operands, outs, out_metas, shape, n),)
-    return Plan(allocs, launches, returns, refs, elementwise=True, bytes=moved, flops=n * flops)
-
-
-def _launch(target: Target, function: Any, operands: Sequence[Operand], outs: tuple[Any, ...],
-            out_metas: Sequence[TensorMeta], shape: tuple[int, ...], n: int) -> Launch:
-    ins = tuple([o.ref for o in operands])
-    how = tuple([_how(o) for o in operands])
-    tensors = [o.meta for o in operands if o.meta is not None]
-    first = out_metas[0].stride
-    itemsize = max([m.dtype.itemsize for m in (*out_metas, *tensors)])
-    no_strides = ((),) * max(len(ins), len(outs))
-    if all(m.stride == first and m.shape == shape for m in (*out_metas, *tensors)) and is_dense(shape, first):
-        loops = Loops((n,), ((1,),))
+    has_number = len(tensors) < len(operands)
+    flat = False
+    if call.outs is not None:
+        allocs: tuple[Alloc, ...] = ()
+        outs: tuple[Any, ...] = tuple([Into(i) for i in range(len(call.outs))])
+        out_metas: Sequence[Any] = call.outs
+        if alike or not tensors:
+            own = first.stride if alike else out_metas[0].stride
+            flat = all([m.stride == own and m.shape == shape for m in out_metas]) and is_dense(shape, own)
     else:
-        loops = merge(shape, [m.stride for m in out_metas] + [broadcast_strides(m, shape) for m in tensors])
-    wide = n >= 2**31 - 2**17 or any(m.extent >= 2**31 for m in (*out_metas, *tensors))
-    common = (("FN", function), ("HOW", how))
-    count = Size(n) if n == 1 else n
-    if loops.is_flat:
-        tile = choose_flat(n, itemsize, target)
-        return Launch(flat_kernel, (-(-n // tile.x), 1, 1), (outs, ins, count),
-                      (*common, ("NO_STRIDES", no_strides), ("WIDE", wide), ("BLOCK", tile.x)), tile.warps)
-    if len(loops.sizes) > MAX_DIMS:
-        raise Decline(f"{len(loops.sizes)} dimensions are left after merging; at most {MAX_DIMS} are handled")
-    x, y = 0, _other_axis(loops)
-    transposed = any(s[y] == 1 and s[x] > 1 for s in loops.strides) if y else False
-    if y and (loops.sizes[x] >= 16 or transposed):
-        tile = choose_tile(loops.sizes[x], loops.sizes[y], transposed, itemsize, target)
-        rest = [d for d in range(len(loops.sizes)) if d not in (x, y)]
-        per_operand = [(s[x], s[y], *(Size(s[d]) for d in rest)) for s in loops.strides]
-        programs = -(-loops.sizes[x] // tile.x) * -(-loops.sizes[y] // tile.y)
-        for d in rest:
-            programs *= loops.sizes[d]
-        if programs < 2**31:
-            return Launch(tiled_kernel, (programs, 1, 1),
-                          (outs, ins, Size(loops.sizes[x]) if loops.sizes[x] == 1 else loops.sizes[x], Size(loops.sizes[y]),
-                           tuple([Size(loops.sizes[d]) for d in rest]), tuple(per_operand[:len(outs)]),
-                           _spread(per_operand[len(outs):], operands)),
-                          (*common, ("WIDE", wide), ("BLOCK_X", tile.x), ("BLOCK_Y", tile.y)), tile.warps)
+        if out_stride is None:
+            out_stride = output_strides(shape, tensors, has_number)
+        allocs = tuple([Alloc(shape, out_stride, d) for d in out_dtypes])
+        outs = tuple([Out(i) for i in range(len(allocs))])
+        out_metas = allocs
+        flat = (first.stride == out_stride if alike else not tensors) and is_dense(shape, out_stride)
+    moved, itemsize = 0, 1
+    for out in out_metas:
+        itemsize = max(itemsize, out.dtype.itemsize)
+        moved += n * out.dtype.itemsize
+    for meta in tensors:
+        itemsize = max(itemsize, meta.dtype.itemsize)
+        moved += meta.numel * meta.dtype.itemsize
+    launches: tuple[Launch, ...] = ()
+    if n:
+        kinds = tuple([(o.meta is None, o.common, o.compute) for o in operands])
+        ins = tuple([o.ref for o in operands])
+        if flat:
+            launches = (_flat(call.target, function, kinds, outs, ins, n, itemsize),)
+        else:
+            launches = (_strided(call.target, function, kinds, outs, ins, [m.stride for m in out_metas], tensors, shape, n, itemsize),)
+    refs = {o.ref: o.meta for o in operands if o.meta is not None}
+    return Plan(allocs, launches, outs[0] if len(outs) == 1 else outs, refs, True, (), moved, n * flops)
+
+
+def _flat(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins: tuple[Any, ...], n: int, itemsize: int) -> Launch:
     tile = choose_flat(n, itemsize, target)
-    per_operand = [(s[0], *(Size(v) for v in s[1:])) for s in loops.strides]
+    no_strides = ((),) * max(len(ins), len(outs))
+    rest = (("NO_STRIDES", no_strides), ("WIDE", n >= _WIDE), ("BLOCK", tile.x))
+    return Launch(flat_kernel, (-(-n // tile.x), 1, 1), (outs, ins, Size(n) if n == 1 else n),
+                  _constants(function, kinds, rest), tile.warps)
+
+
+_WIDE = 2**31 - 2**17  # the last block of a 32-bit range may reach past it
+
+
+def _strided(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins: tuple[Any, ...],
+             out_strides: list[tuple[int, ...]], tensors: Sequence[TensorMeta], shape: tuple[int, ...], n: int, itemsize: int) -> Launch:
+    expanded = out_strides + [broadcast_strides(m, shape) for m in tensors]
+    loops = merge(shape, expanded)
+    if loops.is_flat:
+        return _flat(target, function, kinds, outs, ins, n, itemsize)
+    wide = n >= _WIDE or any([sum([(size - 1) * stride for size, stride in zip(shape, s)]) >= _WIDE for s in expanded])
+    sizes = loops.sizes
+    if len(sizes) > MAX_DIMS:
+        raise Decline(f"{len(sizes)} dimensions are left after merging; at most {MAX_DIMS} are handled")
+    count = len(outs)
+    y = _other_axis(loops)
+    transposed = any(s[y] == 1 and s[0] > 1 for s in loops.strides) if y else False
+    if y and (sizes[0] >= 16 or transposed):
+        tile = choose_tile(sizes[0], sizes[y], transposed, itemsize, target)
+        rest = [d for d in range(1, len(sizes)) if d != y]
+        programs = -(-sizes[0] // tile.x) * -(-sizes[y] // tile.y)
+        for d in rest:
+            programs *= sizes[d]
+        if programs < 2**31:
+            steps = [(s[0], s[y], *[Size(s[d]) for d in rest]) for s in loops.strides]
+            return Launch(tiled_kernel, (programs, 1, 1),
+                          (outs, ins, _size(sizes[0]), Size(sizes[y]), tuple([Size(sizes[d]) for d in rest]), tuple(steps[:count]),
+                           _spread(steps[count:], kinds)),
+                          _constants(function, kinds, (("WIDE", wide), ("BLOCK_X", tile.x), ("BLOCK_Y", tile.y))), tile.warps)
+    tile = choose_flat(n, itemsize, target)
+    steps = [(s[0], *[Size(v) for v in s[1:]]) for s in loops.strides]
     return Launch(indexed_kernel, (-(-n // tile.x), 1, 1),
-                  (outs, ins, count, tuple([Size(s) for s in loops.sizes]), tuple(per_operand[:len(outs)]),
-                   _spread(per_operand[len(outs):], operands)),
-                  (*common, ("WIDE", wide), ("BLOCK", tile.x)), tile.warps)
+                  (outs, ins, _size(n), tuple([Size(s) for s in sizes]), tuple(steps[:count]), _spread(steps[count:], kinds)),
+                  _constants(function, kinds, (("WIDE", wide), ("BLOCK", tile.x))), tile.warps)
 
 
-def _spread(strides: Sequence[tuple[Any, ...]], operands: Sequence[Operand]) -> tuple[tuple[Any, ...], ...]:
+def _size(n: int) -> int | Size:
+    return Size(n) if n == 1 else n
+
+
+def _spread(strides: Sequence[tuple[Any, ...]], kinds: Any) -> tuple[tuple[Any, ...], ...]:
     """The tensors' strides, in the places of all operands; numbers have none."""
     given = iter(strides)
-    return tuple(() if o.meta is None else next(given) for o in operands)
+    return tuple([() if number else next(given) for number, _, _ in kinds])
 
 
 def _other_axis(loops: Loops) -> int:
