@@ -52,37 +52,37 @@ def _offset(where, strides):
 
 
 @triton.jit
-def _operand(p, where, strides, mask, HOW: tl.constexpr):
-    """A block of one operand, in the dtype that the function computes in. HOW: (is a number, common, compute dtype)."""
-    if HOW[0]:
-        return tl.cast(p, HOW[1]).to(HOW[2])
+def _operand(p, where, strides, mask, HOW: tl.constexpr, I: tl.constexpr):
+    """A block of operand I, in the dtype that the function computes in. HOW[I]: (is a number, common, compute dtype)."""
+    if HOW[I][0]:
+        return tl.cast(p, HOW[I][1]).to(HOW[I][2])
     else:
-        return tl.load(p + _offset(where, strides), mask=mask).to(HOW[1]).to(HOW[2])
+        return tl.load(p + _offset(where, strides), mask=mask).to(HOW[I][1]).to(HOW[I][2])
 
 
 @triton.jit
 def _apply(FN: tl.constexpr, ins, where, strides, mask, HOW: tl.constexpr):
-    b0 = _operand(ins[0], where, strides[0], mask, HOW[0])
+    b0 = _operand(ins[0], where, strides[0], mask, HOW, 0)
     if len(ins) == 1:
         return FN(b0)
     else:
-        b1 = _operand(ins[1], where, strides[1], mask, HOW[1])
+        b1 = _operand(ins[1], where, strides[1], mask, HOW, 1)
         if len(ins) == 2:
             return FN(b0, b1)
         else:
-            b2 = _operand(ins[2], where, strides[2], mask, HOW[2])
+            b2 = _operand(ins[2], where, strides[2], mask, HOW, 2)
             if len(ins) == 3:
                 return FN(b0, b1, b2)
             else:
-                b3 = _operand(ins[3], where, strides[3], mask, HOW[3])
+                b3 = _operand(ins[3], where, strides[3], mask, HOW, 3)
                 if len(ins) == 4:
                     return FN(b0, b1, b2, b3)
                 else:
-                    b4 = _operand(ins[4], where, strides[4], mask, HOW[4])
+                    b4 = _operand(ins[4], where, strides[4], mask, HOW, 4)
                     if len(ins) == 5:
                         return FN(b0, b1, b2, b3, b4)
                     else:
-                        b5 = _operand(ins[5], where, strides[5], mask, HOW[5])
+                        b5 = _operand(ins[5], where, strides[5], mask, HOW, 5)
                         return FN(b0, b1, b2, b3, b4, b5)
 
 
@@ -102,15 +102,14 @@ def _finish(outs, where, strides, result, mask):
 
 
 @triton.jit
-def flat_kernel(outs, ins, n, FN: tl.constexpr, HOW: tl.constexpr, NO_STRIDES: tl.constexpr, WIDE: tl.constexpr,
-                BLOCK: tl.constexpr):
+def flat_kernel(outs, ins, n, no_strides, FN: tl.constexpr, HOW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """All operands dense in one order. Grid: programs over n elements."""
     i_block = tl.program_id(0)
     if WIDE:
         i_block = i_block.to(tl.int64)
     o = i_block * BLOCK + tl.arange(0, BLOCK)
     m = o < n
-    _finish(outs, (o,), NO_STRIDES, _apply(FN, ins, (o,), NO_STRIDES, m, HOW), m)
+    _finish(outs, (o,), no_strides, _apply(FN, ins, (o,), no_strides, m, HOW), m)
 
 
 @triton.jit
@@ -342,8 +341,8 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
 def _flat(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins: tuple[Any, ...], n: int, itemsize: int) -> Launch:
     tile = choose_flat(n, itemsize, target)
     no_strides = ((),) * max(len(ins), len(outs))
-    rest = (("NO_STRIDES", no_strides), ("WIDE", n >= _WIDE), ("BLOCK", tile.x))
-    return Launch(flat_kernel, (-(-n // tile.x), 1, 1), (outs, ins, Size(n) if n == 1 else n),
+    rest = (("WIDE", n >= _WIDE), ("BLOCK", tile.x))
+    return Launch(flat_kernel, (-(-n // tile.x), 1, 1), (outs, ins, _size(n), no_strides),
                   _constants(function, kinds, rest), tile.warps)
 
 
@@ -372,7 +371,7 @@ def _strided(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], i
         if programs < 2**31:
             steps = [(s[0], s[y], *[Size(s[d]) for d in rest]) for s in loops.strides]
             return Launch(tiled_kernel, (programs, 1, 1),
-                          (outs, ins, _size(sizes[0]), Size(sizes[y]), tuple([Size(sizes[d]) for d in rest]), tuple(steps[:count]),
+                          (outs, ins, _size(sizes[0]), _size(sizes[y]) if transposed else Size(sizes[y]), tuple([Size(sizes[d]) for d in rest]), tuple(steps[:count]),
                            _spread(steps[count:], kinds)),
                           _constants(function, kinds, (("WIDE", wide), ("BLOCK_X", tile.x), ("BLOCK_Y", tile.y))), tile.warps)
     tile = choose_flat(n, itemsize, target)
