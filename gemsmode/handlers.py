@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from gemsmode import plan as plans_module
 from gemsmode.errors import RuleFailedError
 from gemsmode.native import computes, is_composite, native, native_in_order
-from gemsmode.plan import Alloc, Arg, Decline, Disjoint, Into, Launch, Num, Out, Plan
+from gemsmode.plan import Alloc, Arg, At, Decline, Disjoint, Into, Launch, Num, Out, Plan
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Candidate, Registry, short_name
 from gemsmode.selectors import Selection, Selector
@@ -109,6 +109,8 @@ def _rewrite(plan: Plan, order: Sequence[int], replaced: dict[int, Arg], into: S
             return replaced[ref.index] if ref.index in replaced else Out(renumber[ref.index])
         if cls is Into:
             return into[ref.index]
+        if cls is At:
+            return At(to(ref.ref), ref.elements)
         return ref
 
     metas = {to(ref): meta for ref, meta in plan.metas.items()}
@@ -137,12 +139,12 @@ class Policy:
         target: what kernels run on; defaults to this process's.
     """
 
-    def __init__(self, registry: Registry, allow: Selection = None, deny: Selection = None, strict: bool = False,
+    def __init__(self, registry: Registry, allow: Selection | Selector = None, deny: Selection | Selector = None, strict: bool = False,
                  target: Target | None = None) -> None:
         self.registry, self.strict = registry, strict
         self.target = target or current()
-        self.allow = None if allow is None else Selector(allow, registry)
-        self.deny = None if deny is None else Selector(deny, registry)
+        self.allow = allow if allow is None or isinstance(allow, Selector) else Selector(allow, registry)
+        self.deny = deny if deny is None or isinstance(deny, Selector) else Selector(deny, registry)
         self.reentry: Any = None
         """The mode to push while a composite op is taken apart; set by the mode."""
         self._handlers: dict[Any, OpHandler] = {}
@@ -232,6 +234,8 @@ class OpHandler:
         if args and not kwargs and self.functions is not None:
             kwargs = {p.name: a for p, a in zip(parameters(self.op), args) if p.kwarg_only}
             args = args[:len(args) - len(kwargs)]
+        if self.policy.reentry is None:
+            return native(self.op)(*args, **kwargs)
         _push_on_torch_dispatch_stack(self.policy.reentry)
         try:
             result = self.op.decompose(*args, **kwargs)

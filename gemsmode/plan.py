@@ -35,6 +35,13 @@ class Out(NamedTuple):
     index: int
 
 
+class At(NamedTuple):
+    """The memory of ``ref`` from ``elements`` elements after its first."""
+
+    ref: Any
+    elements: int
+
+
 class Into(NamedTuple):
     """The tensor number ``index`` of ``call.outs``: where a planner that writes to given tensors writes."""
 
@@ -146,6 +153,16 @@ class Decline(Exception):
 # -- types of arguments ------------------------------------------------------------------------------------------------
 
 
+def _ref_dtype(plan: Plan, ref: Arg | Out) -> torch.dtype:
+    return plan.metas[ref].dtype if ref.__class__ is Arg else plan.allocs[ref.index].dtype
+
+
+def _pointer_type(plan: Plan, at: At, aligned: bool) -> str:
+    dtype = _ref_dtype(plan, at.ref)
+    divisible = (aligned or at.ref.__class__ is Out) and at.elements * dtype.itemsize % 16 == 0
+    return POINTER[dtype] + ("D" if divisible else "")
+
+
 def _types(plan: Plan, args: tuple[Any, ...], aligned: bool) -> tuple[Any, ...]:
     kinds: list[Any] = []
     for value in args:
@@ -162,6 +179,8 @@ def _types(plan: Plan, args: tuple[Any, ...], aligned: bool) -> tuple[Any, ...]:
             kinds.append(integer_type(value.value, specialize=False))
         elif cls is float:
             kinds.append("fp32")
+        elif cls is At:
+            kinds.append(_pointer_type(plan, value, aligned))
         else:
             kinds.append(_types(plan, value, aligned))
     return tuple(kinds)
@@ -238,7 +257,7 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         flat += (id(step.kernel), step.constants, step.num_warps, step.num_stages)
         at_launch.append(len(values))
         values += step.grid
-        _walk(step.args, flat, values)
+        _walk(plan, step.args, flat, values)
     key = tuple(flat)
     ready = _ready.get(key)
     if ready is None:
@@ -263,7 +282,7 @@ _ready: dict[tuple[Any, ...], _Ready] = {}
 target (which, like the kernels, is in the key by its id and so must stay alive)."""
 
 
-def _walk(args: tuple[Any, ...], flat: list[Any], values: list[Any]) -> None:
+def _walk(plan: Plan, args: tuple[Any, ...], flat: list[Any], values: list[Any]) -> None:
     """Append to ``flat`` what of the arguments kernels and text depend on, and to ``values`` what each plan differs in."""
     for value in args:
         cls = value.__class__
@@ -276,10 +295,13 @@ def _walk(args: tuple[Any, ...], flat: list[Any], values: list[Any]) -> None:
             values.append(number)
         elif cls is tuple:
             flat.append(-1 - len(value))
-            _walk(value, flat, values)
+            _walk(plan, value, flat, values)
         elif cls is float:
             flat.append(float)
             values.append(value)
+        elif cls is At:
+            flat += (value.ref, _pointer_type(plan, value, True))
+            values.append(value.elements * _ref_dtype(plan, value.ref).itemsize)
         else:
             flat.append(value)
 
@@ -354,6 +376,9 @@ def _resolve(value: Any, args: tuple[Any, ...], allocated: list[torch.Tensor]) -
         return float(number) if value.dtype.startswith("fp") else int(number)
     if cls is Size:
         return value.value
+    if cls is At:
+        tensor = _resolve(value.ref, args, allocated)
+        return tensor.as_strided((1,), (1,), tensor.storage_offset() + value.elements)
     if cls is tuple:
         return tuple(_resolve(v, args, allocated) for v in value)
     return value
@@ -424,6 +449,8 @@ def _argument(value: Any, names: _Names, keep_ones: bool) -> str:
         return f"q{value.index}, "
     if cls is Num:
         return f"number({_at(value)}), " if value.from_tensor else f"{_at(value)}, "
+    if cls is At:
+        return f"{_argument(value.ref, names, keep_ones)[:-2]} + {names()}, "
     if cls is tuple:
         inner = "".join(_argument(v, names, keep_ones) for v in value)
         return f"({inner}), " if keep_ones else inner

@@ -30,7 +30,7 @@ import triton.language as tl
 from gemsmode.ops.layout import Loops, broadcast_shape, broadcast_strides, is_dense, merge, output_strides
 from gemsmode.ops.promotion import ALL, TRITON, opmath, result_type
 from gemsmode.launch import Constants
-from gemsmode.plan import Alloc, Arg, Decline, Into, Launch, Num, Out, Plan, Size
+from gemsmode.plan import Alloc, Arg, At, Decline, Into, Launch, Num, Out, Plan, Size
 from gemsmode.predicates import Predicate, dtype_name
 from gemsmode.registry import find_op, planned
 from gemsmode.signature import Call, TensorMeta, parameters
@@ -53,9 +53,11 @@ def _offset(where, strides):
 
 @triton.jit
 def _operand(p, where, strides, mask, HOW: tl.constexpr, I: tl.constexpr):
-    """A block of operand I, in the dtype that the function computes in. HOW[I]: (is a number, common, compute dtype)."""
-    if HOW[I][0]:
+    """A block of operand I, in the dtype that the function computes in. HOW[I]: (kind, common, compute dtype)."""
+    if HOW[I][0] == 1:  # a number
         return tl.cast(p, HOW[I][1]).to(HOW[I][2])
+    elif HOW[I][0] == 2:  # an index
+        return _offset(where, strides).to(HOW[I][2])
     else:
         return tl.load(p + _offset(where, strides), mask=mask).to(HOW[I][1]).to(HOW[I][2])
 
@@ -235,16 +237,26 @@ class Operand(NamedTuple):
     """One argument of the scalar function.
 
     Attributes:
-        ref: where it comes from.
-        meta: a tensor's metadata; None for a number.
+        ref: where it comes from; None for an index.
+        meta: a tensor's metadata (of a view of it, if the op reads it through one); None for a number. For an index,
+            the shape is the results' and the value at an element is the sum of its indices times ``meta.stride``.
         common: the dtype it is converted to first, as promotion says.
         compute: the dtype in which the function sees it.
     """
 
-    ref: Arg | Num
+    ref: Arg | At | Num | None
     meta: TensorMeta | None
     common: torch.dtype
     compute: torch.dtype
+
+    @property
+    def kind(self) -> int:
+        return 1 if self.meta is None else 2 if self.ref is None else 0
+
+
+def index_operand(shape: tuple[int, ...], weights: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Operand:
+    """An operand whose value is each element's own position: the sum over dimensions of index times weight."""
+    return Operand(None, TensorMeta(dtype, shape, weights, torch.device("meta")), dtype, dtype)
 
 
 def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype | None = None) -> Operand:
@@ -262,13 +274,13 @@ def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype
 
 
 @functools.cache
-def _how(kinds: tuple[tuple[bool, torch.dtype, torch.dtype], ...]) -> tuple[Any, ...]:
+def _how(kinds: tuple[tuple[int, torch.dtype, torch.dtype], ...]) -> tuple[Any, ...]:
     # A number keeps its precision: PyTorch computes with scalars in the computation's dtype, not in the tensors'.
-    return tuple((number, TRITON[compute if number else common], TRITON[compute]) for number, common, compute in kinds)
+    return tuple((kind, TRITON[compute if kind == 1 else common], TRITON[compute]) for kind, common, compute in kinds)
 
 
 @functools.cache
-def _constants(function: Any, kinds: tuple[tuple[bool, torch.dtype, torch.dtype], ...],
+def _constants(function: Any, kinds: tuple[tuple[int, torch.dtype, torch.dtype], ...],
                rest: tuple[tuple[str, Any], ...]) -> Constants:
     return Constants((("FN", function), ("HOW", _how(kinds)), *rest))
 
@@ -297,7 +309,7 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
                 alike = False
                 break
     if shape is None:
-        shape = tensors[0].shape if alike else broadcast_shape([m.shape for m in tensors])
+        shape = first.shape if alike else broadcast_shape([m.shape for m in tensors])
     elif alike:
         alike = shape == first.shape
     n = 1
@@ -323,18 +335,21 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
     for out in out_metas:
         itemsize = max(itemsize, out.dtype.itemsize)
         moved += n * out.dtype.itemsize
-    for meta in tensors:
-        itemsize = max(itemsize, meta.dtype.itemsize)
-        moved += meta.numel * meta.dtype.itemsize
+    refs: dict[Arg, TensorMeta] = {}
+    for o in operands:
+        meta, ref = o.meta, o.ref
+        if meta is not None and ref is not None:
+            itemsize = max(itemsize, meta.dtype.itemsize)
+            moved += meta.numel * meta.dtype.itemsize
+            refs[ref.ref if ref.__class__ is At else ref] = meta
     launches: tuple[Launch, ...] = ()
     if n:
-        kinds = tuple([(o.meta is None, o.common, o.compute) for o in operands])
-        ins = tuple([o.ref for o in operands])
+        kinds = tuple([(o.kind, o.common, o.compute) for o in operands])
+        ins = tuple([() if o.ref is None else o.ref for o in operands])
         if flat:
             launches = (_flat(call.target, function, kinds, outs, ins, n, itemsize),)
         else:
             launches = (_strided(call.target, function, kinds, outs, ins, [m.stride for m in out_metas], tensors, shape, n, itemsize),)
-    refs = {o.ref: o.meta for o in operands if o.meta is not None}
     return Plan(allocs, launches, outs[0] if len(outs) == 1 else outs, refs, True, (), moved, n * flops)
 
 
@@ -388,7 +403,7 @@ def _size(n: int) -> int | Size:
 def _spread(strides: Sequence[tuple[Any, ...]], kinds: Any) -> tuple[tuple[Any, ...], ...]:
     """The tensors' strides, in the places of all operands; numbers have none."""
     given = iter(strides)
-    return tuple([() if number else next(given) for number, _, _ in kinds])
+    return tuple([() if kind == 1 else next(given) for kind, _, _ in kinds])
 
 
 def _other_axis(loops: Loops) -> int:
