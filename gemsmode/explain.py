@@ -35,7 +35,8 @@ class Explanation:
         lines = [f"{self.op}" + (f"({self.call})" if self.call else "")]
         if self.decision is not None:
             d = self.decision
-            verdict = {"rule": f"rule {d.rule!r} runs", "pass": f"passes through: {d.reason}", "view": f"passes through (computes nothing): {d.reason}",
+            verdict = {"rule": f"rule {d.rule!r} runs", "pass": f"passes through: {d.reason}",
+                       "view": f"passes through (computes nothing): {d.reason}",
                        "composite": f"is taken apart into other ops: {d.reason}", "error": f"rule {d.rule!r} fails: {d.reason}"}[d.kind]
             lines.append(f"  -> {verdict}")
         said = {c.rule: c.reason for c in self.decision.considered} if self.decision else {}

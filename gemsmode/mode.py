@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,13 +21,16 @@ from gemsmode import registry as registry_module
 from gemsmode.handlers import OpHandler, Policy
 from gemsmode.native import native
 from gemsmode.registry import Registry
-from gemsmode.selectors import Selection
+from gemsmode.selectors import Selection, Selector
 from gemsmode.target import current
 
 if TYPE_CHECKING:
     from gemsmode.tracing import Recorder, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_PLAIN = (torch.Tensor,)
+_NOT_OVERRIDDEN = torch.Tensor.__torch_dispatch__
 
 
 def load_ops() -> None:
@@ -52,26 +57,9 @@ _MAX_SHARED = 32
 
 def _options_key(registry: Registry, allow: Selection, deny: Selection, strict: bool) -> Any:
     def normal(selection: Selection) -> Any:
-        if selection is None or isinstance(selection, str):
-            return selection
-        if isinstance(selection, Mapping):
-            return tuple(selection.items())
-        return tuple(selection) if isinstance(selection, (list, tuple, set, frozenset)) else selection
+        return tuple(selection.items()) if isinstance(selection, Mapping) else selection
 
     return registry.name, id(registry), registry.state(), normal(allow), normal(deny), strict, current()
-
-
-def _shared_policy(registry: Registry, allow: Selection, deny: Selection, strict: bool) -> tuple[Policy, _Table]:
-    """The policy and table of these options; equal options share them, with all that was decided."""
-    key = _options_key(registry, allow, deny, strict)
-    found = _shared.get(key)
-    if found is None:
-        policy = Policy(registry, allow, deny, strict)
-        found = policy, _Table(lambda op: policy.handler(op).call)
-        while len(_shared) >= _MAX_SHARED:
-            _shared.pop(next(iter(_shared)))
-        _shared[key] = found
-    return found
 
 
 class GemsMode(TorchDispatchMode):
@@ -86,6 +74,9 @@ class GemsMode(TorchDispatchMode):
         with GemsMode(trace=True) as gems:
             model(x)
         print(gems.report)
+
+    Among other dispatch modes it is always the one nearest to the kernels, whichever was entered first: a
+    ``FlopCounterMode`` around or inside it sees every call.
 
     Args:
         allow: only these may be replaced: names (``"mm"``: every overload), overloads (``"add.Tensor"``), globs
@@ -105,7 +96,8 @@ class GemsMode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # The wrapper that PyTorch puts around `__torch_dispatch__` otherwise costs 0.7 us a call.
+        # The wrapper that PyTorch puts around `__torch_dispatch__` otherwise costs 0.7 us a call; `_skip_dynamo` below
+        # does what it is for.
         return False
 
     @classmethod
@@ -117,29 +109,57 @@ class GemsMode(TorchDispatchMode):
                  registry: Registry | None = None) -> None:
         super().__init__()
         load_ops()
+        self._registry = registry if registry is not None else registry_module.default
         if not isinstance(allow, (Mapping, str, type(None))):
             allow = tuple(allow)
         if not isinstance(deny, (Mapping, str, type(None))):
             deny = tuple(deny)
-        self._options = (registry if registry is not None else registry_module.default, allow, deny, strict)
+        self._options = allow, deny, strict
+        self._selectors = tuple(None if s is None else Selector(s, self._registry) for s in (allow, deny))
         self.recorder: Recorder | None = None
         if trace:
             from gemsmode.tracing import Recorder
 
             self.recorder = Recorder(current())
-        self._set_aside = threading.local()
         self._prepare()
+        self._registry.watch(self)
 
     def _prepare(self) -> None:
         """Turn the options into handlers (again, if rules have come or gone since)."""
-        if self.recorder is None:
-            self.policy, self._table = _shared_policy(*self._options)
-            if self.policy.reentry is None:
-                self.policy.reentry = self
-        else:
-            self.policy = Policy(*self._options)
-            self.policy.reentry = self
+        if self.recorder is not None:
+            self._policy = self._new_policy()
             self._table = _Table(self._recording)
+            self._policy.reentry = _Reentry(self._policy, self._table)
+            return
+        key = _options_key(self._registry, *self._options)
+        found = _shared.get(key)
+        if found is None:
+            policy = self._new_policy()
+            found = policy, _Table(lambda op: policy.handler(op).call)
+            policy.reentry = _Reentry(*found)
+            while len(_shared) >= _MAX_SHARED:
+                _shared.pop(next(iter(_shared)), None)
+            _shared[key] = found
+        self._policy, self._table = found
+
+    def _new_policy(self) -> Policy:
+        return Policy(self._registry, *self._selectors, strict=self._options[2])
+
+    def rules_changed(self) -> None:
+        """A rule was added or removed: what was decided holds no more. The next call decides anew, inside a block too."""
+
+        def renewed(op: Any) -> Callable[..., Any]:
+            self._prepare()
+            return self._table[op]
+
+        self._table = _Table(renewed)
+
+    @property
+    def policy(self) -> Policy:
+        """What the mode decides by, for the rules of this moment."""
+        if not self._policy.is_current:
+            self._prepare()
+        return self._policy
 
     # -- the hot path --------------------------------------------------------------------------------------------------
 
@@ -154,17 +174,18 @@ class GemsMode(TorchDispatchMode):
 
     def _among_others(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """A call with tensor subclasses in it, or with other modes below this one."""
-        if any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
+        if _len_torch_dispatch_stack() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
             # Fake, functional or proxy tensors are being made or traced: not for kernels.
             return func(*args, **kwargs)
-        if types:
+        # Autograd names plain tensors here too, when it detaches one that it saves.
+        if types and types != _PLAIN and any(t.__torch_dispatch__ is not _NOT_OVERRIDDEN for t in types):
             # The subclass handles it; the calls it makes on plain tensors come back here.
             return NotImplemented
         return self._table[func](*args, **kwargs)
 
     def _recording(self, op: Any) -> Callable[..., Any]:
         """What a traced mode calls for ``op``: the same decisions, with each call told to the recorder."""
-        handler: OpHandler = self.policy.handler(op)
+        handler: OpHandler = self._policy.handler(op)
         recorder = self.recorder
         assert recorder is not None
         if handler.fixed is not None:
@@ -173,7 +194,7 @@ class GemsMode(TorchDispatchMode):
                 return run
 
             def fixed(*args: Any, **kwargs: Any) -> Any:
-                token = recorder.begin()
+                token = recorder.begin(op, decision)
                 try:
                     return run(*args, **kwargs)
                 finally:
@@ -188,7 +209,7 @@ class GemsMode(TorchDispatchMode):
             decided = handler.lookup(bound)
             if decided.decision.kind == "composite":
                 return decided.run(*bound)
-            token = recorder.begin()
+            token = recorder.begin(op, decided.decision)
             try:
                 return decided.run(*bound)
             except Exception as error:
@@ -214,20 +235,37 @@ class GemsMode(TorchDispatchMode):
     # -- entering and leaving ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> GemsMode:
-        if not self.policy.is_current:
-            self._prepare()
         # An inner mode's choice wins and nothing is counted twice: the outer one is off the stack meanwhile.
-        entries = self._set_aside.__dict__.setdefault("entries", [])
-        entries.append(_take_off_stack())
+        _blocks().append(_Block(self, _take_off_stack()))
         super().__enter__()
+        _put_at_bottom(_take_off_stack())
         return self
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        blocks = _blocks()
+        i = next((i for i in range(len(blocks) - 1, -1, -1) if blocks[i].mode is self), None)
+        if i is None:
+            raise RuntimeError("this thread has not entered the GemsMode that it leaves")
+        outer = blocks.pop(i).outer
+        if i < len(blocks):
+            # Left out of order: the block entered next must not bring this mode back.
+            blocks[i].outer = outer
+            outer = _take_off_stack()
+        else:
+            _take_off_stack()
+        _push_on_torch_dispatch_stack(self)
         super().__exit__(exc_type, exc_value, traceback)
-        _put_back(self._set_aside.entries.pop())
+        _put_at_bottom(outer)
 
     def __call__(self, function: F) -> F:
-        """Use the mode as a decorator: ``function`` runs under it."""
+        """Use the mode as a decorator: ``function`` runs under it.
+
+        Raises:
+            TypeError: ``function`` is a generator or a coroutine, whose body runs when the call has long returned.
+        """
+        if any(test(function) for test in (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
+            raise TypeError(f"{getattr(function, '__name__', function)!r} is a generator or a coroutine: its body runs after the call has "
+                            "returned. Put `with GemsMode():` inside it, around what does not yield or await.")
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -237,23 +275,64 @@ class GemsMode(TorchDispatchMode):
         return cast(F, wrapped)
 
 
-def _take_off_stack() -> tuple[int, GemsMode] | None:
-    """Take the ``GemsMode`` of this thread, of which there is at most one, off the stack; its place above infra modes."""
+class _Reentry(GemsMode):
+    """What is pushed while a composite op is taken apart: a mode's decisions without the mode."""
+
+    def __init__(self, policy: Policy, table: _Table) -> None:
+        TorchDispatchMode.__init__(self)
+        self._policy, self._table = policy, table
+
+
+def _skip_dynamo(function: Any) -> None:
+    """Keep ``torch.compile`` from compiling ``function`` and what it calls when it runs between compiled regions."""
+    frames = torch._C._dynamo.eval_frame
+    set_strategy, strategy, action = (getattr(frames, n, None) for n in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction"))
+    if set_strategy is not None and strategy is not None and action is not None:
+        set_strategy(function.__code__, strategy(action.SKIP, action.SKIP))
+
+
+_skip_dynamo(GemsMode.__torch_dispatch__)
+
+
+# -- the stack of modes ------------------------------------------------------------------------------------------------
+
+
+class _Block:
+    """A ``with`` block of this thread: its mode, and the one that was in force outside and comes back."""
+
+    __slots__ = ("mode", "outer")
+
+    def __init__(self, mode: GemsMode, outer: GemsMode | None) -> None:
+        self.mode, self.outer = mode, outer
+
+
+_thread = threading.local()
+
+
+def _blocks() -> list[_Block]:
+    """The blocks that this thread is in, outermost first."""
+    return _thread.__dict__.setdefault("blocks", [])
+
+
+def _take_off_stack() -> GemsMode | None:
+    """Take the ``GemsMode`` of this thread, of which there is at most one, off the stack of modes."""
     stack = _get_current_dispatch_mode_stack()
     for position, mode in enumerate(stack):
         if isinstance(mode, GemsMode):
-            above = [_pop_torch_dispatch_stack(None) for _ in range(len(stack) - position)]
-            for other in reversed(above[:-1]):
+            above = [_pop_torch_dispatch_stack(None) for _ in range(len(stack) - position)][:-1]
+            for other in reversed(above):
                 _push_on_torch_dispatch_stack(other)
-            return len(above) - 1, mode
+            return mode
     return None
 
 
-def _put_back(entry: tuple[int, GemsMode] | None) -> None:
-    if entry is None:
+def _put_at_bottom(mode: GemsMode | None) -> None:
+    """Put ``mode`` below every other mode that is not PyTorch's own infrastructure (which PyTorch keeps at the bottom)."""
+    if mode is None:
         return
-    above = [_pop_torch_dispatch_stack(None) for _ in range(min(entry[0], _len_torch_dispatch_stack()))]
-    _push_on_torch_dispatch_stack(entry[1])
+    count = sum(not other.is_infra_mode() for other in _get_current_dispatch_mode_stack())
+    above = [_pop_torch_dispatch_stack(None) for _ in range(count)]
+    _push_on_torch_dispatch_stack(mode)
     for other in reversed(above):
         _push_on_torch_dispatch_stack(other)
 
@@ -262,13 +341,34 @@ def _put_back(entry: tuple[int, GemsMode] | None) -> None:
 
 
 class _ProcessMode(GemsMode):
-    """The mode of :func:`enable`. One stays on each thread's stack; `disable` turns it into a plain pass-through."""
+    """The mode of :func:`enable`. It stays on the stacks of other threads when it ends: it then passes everything on."""
 
-    def turn_off(self) -> None:
-        self._table = _Table(native)
+    _follows: GemsMode | None = None
+    _is_off = False
+
+    def follow(self, mode: GemsMode | None) -> None:
+        """From now on do what ``mode`` does; None to let every call pass."""
+        self._follows, self._is_off = mode, mode is None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if self._is_off:
+            self._table = _Table(native)
+        elif self._follows is not None:
+            followed = self._follows
+            self._policy, self._table = followed.policy, _Table(lambda op: followed._table[op])
+        else:
+            super()._prepare()
+
+    def rules_changed(self) -> None:
+        super().rules_changed()
+        for other in list(_process_modes):
+            if other._follows is self:
+                other._prepare()
 
 
 _process: _ProcessMode | None = None
+_process_modes: weakref.WeakSet[_ProcessMode] = weakref.WeakSet()
 _process_lock = threading.Lock()
 _thread_start: Callable[..., Any] = threading.Thread.start
 
@@ -277,16 +377,18 @@ def enable(allow: Selection = None, deny: Selection = None, trace: bool = False,
            registry: Registry | None = None) -> GemsMode:
     """Put a mode in force for the whole process: this thread, autograd's, and every ``threading.Thread`` started later.
 
-    A second call replaces the first. Arguments are those of :class:`GemsMode`; the mode is returned (for its
-    ``report``). Threads that were started before, or with ``_thread.start_new_thread``, are not covered.
+    A second call replaces the first, in every thread. A ``with GemsMode(...)`` block wins while it lasts. Arguments
+    are those of :class:`GemsMode`; the mode is returned (for its ``report``). Threads that were started before, or with
+    ``_thread.start_new_thread``, are not covered.
     """
     global _process
+    mode = _ProcessMode(allow, deny, trace, strict, registry)
     with _process_lock:
-        mode = _ProcessMode(allow, deny, trace, strict, registry)
-        previous, _process = _process, mode
-        if previous is not None:
-            _leave(previous)
-        mode.__enter__()
+        _process = mode
+        for earlier in _process_modes:
+            earlier.follow(mode)
+        _process_modes.add(mode)
+        _put_below(mode)
         threading.Thread.start = _start_under_mode  # type: ignore[method-assign]
     return mode
 
@@ -295,32 +397,41 @@ def disable() -> None:
     """End what :func:`enable` began, in every thread. Does nothing if it is not in force."""
     global _process
     with _process_lock:
-        previous, _process = _process, None
-        if previous is not None:
-            threading.Thread.start = _thread_start  # type: ignore[method-assign]
-            _leave(previous)
+        _process = None
+        threading.Thread.start = _thread_start  # type: ignore[method-assign]
+        for mode in _process_modes:
+            mode.follow(None)
+        _put_below(None)
 
 
-def _leave(mode: _ProcessMode) -> None:
-    mode.turn_off()
-    if any(m is mode for m in _get_current_dispatch_mode_stack()):
-        mode.__exit__(None, None, None)
+def _put_below(mode: _ProcessMode | None) -> None:
+    """Put ``mode`` in this thread below what every block of this thread has put in force, in place of an earlier one."""
+    blocks = _blocks()
+    for block in blocks:
+        if isinstance(block.outer, _ProcessMode):
+            block.outer = mode
+            return
+    if blocks and not isinstance(blocks[0].mode, _ProcessMode):
+        blocks[0].outer = mode
+        return
+    if blocks:
+        # A thread that runs under the process's mode from its start: its own follows.
+        return
+    _take_off_stack()
+    _put_at_bottom(mode)
 
 
 def _start_under_mode(thread: threading.Thread) -> None:
-    mode = _process
-    if mode is not None:
+    if _process is not None:
         run = thread.run
 
         def run_under_mode() -> None:
-            if _process is mode:
+            mode = _process
+            if mode is None:
+                run()
+            else:
                 with mode:
                     run()
-            elif _process is not None:
-                with _process:
-                    run()
-            else:
-                run()
 
         thread.run = run_under_mode  # type: ignore[method-assign]
     _thread_start(thread)

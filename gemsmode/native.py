@@ -61,13 +61,15 @@ def native_in_order(op: OpOverload) -> Callable[..., Any]:
 
 
 # Ops that compute nothing: views, allocations, metadata, reading one value back. Reports keep them apart.
-_METADATA_NAMES = frozenset("""
-    empty empty_like empty_strided new_empty new_empty_strided empty_permuted _unsafe_view _reshape_alias alias detach
-    lift lift_fresh is_same_size sym_size sym_stride sym_numel sym_storage_offset is_pinned _pin_memory
-    _local_scalar_dense resize_ set_ record_stream _has_compatible_shallow_copy_type is_nonzero result_type _version
-    _is_zerotensor is_coalesced sparse_dim dense_dim size stride numel dim is_contiguous _nested_tensor_size
-    unsafe_split unsafe_chunk as_strided_ retain_grad _fw_primal _make_dual _unpack_dual resolve_conj resolve_neg
-""".split())
+_METADATA_NAMES = frozenset([
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "_unsafe_view",
+    "_reshape_alias", "alias", "detach", "lift", "lift_fresh", "is_same_size", "sym_size", "sym_stride", "sym_numel",
+    "sym_storage_offset", "is_pinned", "_pin_memory", "_local_scalar_dense", "resize_", "set_", "record_stream",
+    "_has_compatible_shallow_copy_type", "is_nonzero", "result_type", "_version", "_is_zerotensor", "is_coalesced",
+    "sparse_dim", "dense_dim", "size", "stride", "numel", "dim", "is_contiguous", "_nested_tensor_size",
+    "unsafe_split", "unsafe_chunk", "as_strided_", "retain_grad", "_fw_primal", "_make_dual", "_unpack_dual",
+    "resolve_conj", "resolve_neg",
+])
 
 
 @functools.cache

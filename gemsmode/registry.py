@@ -21,6 +21,7 @@ import inspect
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +99,7 @@ class Rule:
         is_planned: which of the two it is.
         priority: higher is tried first; give narrower rules the higher one.
         family: ``"pointwise"``, ``"reduction"``...; a name to select rules by.
-        numbers: whether the planner copes with a Python number in a tensor's place.
+        numbers: whether it copes with a Python number in a tensor's place.
         by_value: names of ``Scalar`` or ``float`` arguments whose value the planner looks at.
         state: functions of no argument: global settings that the planner looks at.
         tensor_bits: whether negative-bit and zero tensors reach this op unresolved and must be told apart.
@@ -169,6 +170,7 @@ class Registry:
         self._by_op: dict[OpOverload, list[Rule]] = {}
         self._by_packet: dict[str, dict[OpOverload, None]] = {}
         self._candidates: dict[OpOverload, tuple[Candidate, ...]] = {}
+        self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.RLock()
 
     def add(self, rule: Rule) -> Rule:
@@ -216,6 +218,15 @@ class Registry:
     def _changed(self) -> None:
         self.version += 1
         self._candidates.clear()
+        for watcher in list(self._watchers):
+            watcher.rules_changed()
+
+    def watch(self, watcher: Any) -> None:
+        """Call ``watcher.rules_changed()`` whenever a rule is added or removed, here or in a parent, while it lives."""
+        with self._lock:
+            self._watchers.add(watcher)
+        if self.parent is not None:
+            self.parent.watch(watcher)
 
     def state(self) -> tuple[int, ...]:
         """A value that changes whenever a rule is added or removed, here or in a parent."""
@@ -226,21 +237,17 @@ class Registry:
         return itertools.chain(self.rules, self.parent.all_rules() if self.parent else ())
 
     def _own_candidates(self, op: OpOverload) -> list[Candidate]:
-        own = [Candidate(rule, None) for rule in self._by_op.get(op, ())]
+        found = [(-rule.priority, 0, Candidate(rule, None)) for rule in self._by_op.get(op, ())]
         packet = functional_name(op._schema.name.partition("::")[2])
-        derived: list[tuple[int, int, Candidate]] = []
         for base in self._by_packet.get(packet, ()):
-            if base is op:
-                continue
-            variant = variant_of(op, base)
+            variant = variant_of(op, base) if base is not op else None
             if variant is None:
                 continue
-            for rule in self._by_op[base]:
-                if variant.numbers and not rule.numbers:
-                    continue
-                derived.append((len(variant.numbers), -rule.priority, Candidate(rule, variant)))
-        derived.sort(key=lambda item: item[:2])
-        return own + [candidate for _, _, candidate in derived]
+            found += [(-rule.priority, 1 + len(variant.numbers), Candidate(rule, variant))
+                      for rule in self._by_op[base] if rule.numbers or not variant.numbers]
+        # By priority first, so that a user's functional rule is tried before gemsmode's own for the variant.
+        found.sort(key=lambda item: item[:2])
+        return [candidate for _, _, candidate in found]
 
     def candidates(self, op: OpOverload) -> tuple[Candidate, ...]:
         """The rules that may serve ``op``, in the order in which they are tried."""
@@ -257,7 +264,7 @@ class Registry:
     def overloads(self) -> dict[OpOverload, tuple[Candidate, ...]]:
         """Every overload that a rule may serve, derived ones included."""
         result = {}
-        packets = set(self._by_packet) | (set(self.parent._by_packet) if self.parent else set())
+        packets = {op._schema.name.partition("::")[2] for rule in self.all_rules() for op in rule.ops}
         table = aten_overloads()
         for packet in sorted(packets):
             dunder = packet.startswith("__")
@@ -282,12 +289,13 @@ def _declare(ops: Any, when: Any) -> tuple[tuple[OpOverload, ...], tuple[Predica
     conditions: Sequence[Any] = when if isinstance(when, (list, tuple)) else [when]
     for condition in conditions:
         if not isinstance(condition, Predicate):
-            raise RuleDeclarationError(f"when= takes predicates (gemsmode.dtype(...), gemsmode.contiguous, gemsmode.where(...)), not {condition!r}")
+            raise RuleDeclarationError("when= takes predicates (gemsmode.dtype(...), gemsmode.contiguous, gemsmode.where(...)), "
+                                       f"not {condition!r}")
     return tuple(find_op(name) for name in names), tuple(conditions)
 
 
 def rule(ops: str | OpOverload | Sequence[str | OpOverload], when: Predicate | Iterable[Predicate] = (), *,
-         name: str | None = None, priority: int = 0, family: str = "user",
+         name: str | None = None, priority: int = 0, family: str = "user", numbers: bool = False,
          registry: Registry | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the implementation of ops: the simple kind of rule.
 
@@ -300,6 +308,8 @@ def rule(ops: str | OpOverload | Sequence[str | OpOverload], when: Predicate | I
         name: defaults to the function's name.
         priority: higher is tried first; the rules of ``gemsmode.ops`` have negative ones, so a user's rule wins.
         family: a name to select rules by.
+        numbers: call it also with a Python number where the op takes a tensor (``x + 2`` is ``add.Tensor(x, 2)``), and
+            for scalar overloads. Without it such calls are not for this rule.
         registry: defaults to the one that every mode uses.
 
     Raises:
@@ -311,7 +321,7 @@ def rule(ops: str | OpOverload | Sequence[str | OpOverload], when: Predicate | I
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         file, line = _source_of(function)
         (registry or default).add(Rule(name or function.__name__, found, conditions, function, priority=priority,
-                                       family=family, file=file, line=line))
+                                       family=family, numbers=numbers, file=file, line=line))
         return function
 
     return decorate

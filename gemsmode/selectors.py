@@ -40,7 +40,8 @@ class Selector:
         families = {rule.family for rule in registry.all_rules()}
         for name, condition in items:
             if condition is not ... and condition is not None and not isinstance(condition, Predicate):
-                raise TypeError(f"the condition for {name!r} must be a predicate such as gemsmode.dtype(torch.float16), or ..., not {condition!r}")
+                raise TypeError(f"the condition for {name!r} must be a predicate such as gemsmode.dtype(torch.float16), or ..., "
+                                f"not {condition!r}")
             self._add(plain_name(str(name)), condition if isinstance(condition, Predicate) else None, families)
 
     def _add(self, name: str, condition: Predicate | None, families: set[str]) -> None:
