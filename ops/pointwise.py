@@ -241,6 +241,7 @@ class Operand(NamedTuple):
         meta: a tensor's metadata (of a view of it, if the op reads it through one); None for a number. For an index,
             the shape is the results' and the value at an element is the sum of its indices times ``meta.stride``.
         common: the dtype it is converted to first, as promotion says.
+            (``compute``, for a number that keeps its precision).
         compute: the dtype in which the function sees it.
     """
 
@@ -259,8 +260,11 @@ def index_operand(shape: tuple[int, ...], weights: tuple[int, ...], dtype: torch
     return Operand(None, TensorMeta(dtype, shape, weights, torch.device("meta")), dtype, dtype)
 
 
-def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype | None = None) -> Operand:
-    """The op's argument number ``index`` as an operand; a 0-dim CPU tensor beside GPU tensors is read as a number."""
+def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype | None = None, round_number: bool = False) -> Operand:
+    """The op's argument number ``index`` as an operand; a 0-dim CPU tensor beside GPU tensors is read as a number.
+
+    A number keeps the precision of ``compute``, unless ``round_number`` says that PyTorch converts it to ``common`` first.
+    """
     compute = opmath(common) if compute is None else compute
     value = call.args[index]
     is_tensor = value.__class__ is TensorMeta
@@ -270,13 +274,12 @@ def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype
         kind = "fp64" if compute == torch.float64 else "fp32"
     else:
         kind = "i64"
-    return Operand(Num(index, kind, None, is_tensor), None, common, compute)
+    return Operand(Num(index, kind, None, is_tensor), None, common if round_number else compute, compute)
 
 
 @functools.cache
 def _how(kinds: tuple[tuple[int, torch.dtype, torch.dtype], ...]) -> tuple[Any, ...]:
-    # A number keeps its precision: PyTorch computes with scalars in the computation's dtype, not in the tensors'.
-    return tuple((kind, TRITON[compute if kind == 1 else common], TRITON[compute]) for kind, common, compute in kinds)
+    return tuple((kind, TRITON[common], TRITON[compute]) for kind, common, compute in kinds)
 
 
 @functools.cache
@@ -444,9 +447,9 @@ declarations: list[Declaration] = []
 
 
 def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = ALL, promote: Sequence[str] | None = None,
-              keep: Sequence[str] = (), compute: str = "opmath", outputs: Sequence[torch.dtype | None] = (None,),
-              select: Callable[[Call], Any] | None = None, by_value: Sequence[str] = (),
-              check: Callable[[Call, torch.dtype], None] | None = None, flops: int = 1, name: str | None = None) -> Callable[[Any], Any]:
+              keep: Sequence[str] = (), compute: str | Callable[[torch.dtype], torch.dtype] = "opmath", round_numbers: bool = False,
+              outputs: Sequence[torch.dtype | None] = (None,), select: Callable[[Call], Any] | None = None,
+              by_value: Sequence[str] = (), check: Callable[[Call, torch.dtype], None] | None = None, flops: int = 1, name: str | None = None) -> Callable[[Any], Any]:
     """Declare a pointwise op.
 
     Args:
@@ -456,7 +459,10 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
         promote: names of the arguments that take part in promotion; defaults to the tensor arguments among the
             function's parameters, less ``keep``.
         keep: names of tensor arguments that keep their own dtype (a mask).
-        compute: ``"opmath"`` (float32 for the 16-bit floats) or ``"result"`` (the promoted dtype itself).
+        compute: ``"opmath"`` (float32 for the 16-bit floats), ``"result"`` (the promoted dtype itself) or a function of
+            the promoted dtype.
+        round_numbers: numbers are converted to the promoted dtype before they are computed with (PyTorch does so in
+            comparisons, say, and not in sums).
         outputs: a dtype for each result, None for the dtype that ``kind`` gives.
         select: picks the scalar function for a call (by a mode string, say) instead of the decorated one.
         by_value: names of number arguments whose value ``select`` or ``check`` looks at.
@@ -501,7 +507,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
             elif kind == BOOL_TO_LONG and common == torch.bool:
                 common = torch.int64
             result = torch.bool if kind == ALWAYS_BOOL else common
-            inner = opmath(common) if compute == "opmath" else common
+            inner = opmath(common) if compute == "opmath" else common if compute == "result" else compute(common)
             chosen = function if select is None else select(call)
             operands = []
             for n in chosen.arg_names:
@@ -510,7 +516,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
                 if n in keep and value.__class__ is TensorMeta:
                     operands.append(as_operand(call, i, value.dtype, value.dtype))
                 else:
-                    operands.append(as_operand(call, i, common, inner))
+                    operands.append(as_operand(call, i, common, inner, round_numbers))
             if all(o.meta is None for o in operands):
                 raise Decline("no tensor on the mode's device")
             return build(call, chosen, operands, [d or result for d in outputs], flops=flops)
