@@ -143,7 +143,8 @@ class GemsMode(TorchDispatchMode):
         self._policy, self._table = found
 
     def _new_policy(self) -> Policy:
-        return Policy(self._registry, *self._selectors, strict=self._options[2])
+        allow, deny = self._selectors
+        return Policy(self._registry, allow, deny, self._options[2])
 
     def rules_changed(self) -> None:
         """A rule was added or removed: what was decided holds no more. The next call decides anew, inside a block too."""
@@ -239,6 +240,8 @@ class GemsMode(TorchDispatchMode):
         _blocks().append(_Block(self, _take_off_stack()))
         super().__enter__()
         _put_at_bottom(_take_off_stack())
+        if self.recorder is not None:
+            self.recorder.enter()
         return self
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
@@ -247,6 +250,8 @@ class GemsMode(TorchDispatchMode):
         if i is None:
             raise RuntimeError("this thread has not entered the GemsMode that it leaves")
         outer = blocks.pop(i).outer
+        if self.recorder is not None:
+            self.recorder.leave(exc_value)
         if i < len(blocks):
             # Left out of order: the block entered next must not bring this mode back.
             blocks[i].outer = outer
@@ -350,6 +355,8 @@ class _ProcessMode(GemsMode):
         """From now on do what ``mode`` does; None to let every call pass."""
         self._follows, self._is_off = mode, mode is None
         self._prepare()
+        if self.recorder is not None:
+            self.recorder.close()
 
     def _prepare(self) -> None:
         if self._is_off:
@@ -389,7 +396,9 @@ def enable(allow: Selection = None, deny: Selection = None, trace: bool = False,
             earlier.follow(mode)
         _process_modes.add(mode)
         _put_below(mode)
-        threading.Thread.start = _start_under_mode  # type: ignore[method-assign]
+        if mode.recorder is not None:
+            mode.recorder.enter()
+        threading.Thread.start = _start_under_mode  # type: ignore[method-assign,assignment]
     return mode
 
 

@@ -1,6 +1,11 @@
-"""Recording what a mode did, and reporting it."""
+"""Recording what a mode did, and reporting it.
 
+:class:`Recorder` is told of each call and keeps totals; :class:`Report` is what it has seen, as a table, text, JSON,
+CSV, HTML, Markdown or a Chrome trace. Neither decides anything.
+"""
+
+from gemsmode.tracing.files import NotAReportError
 from gemsmode.tracing.recorder import Recorder
-from gemsmode.tracing.report import Report
+from gemsmode.tracing.report import Change, Coverage, Difference, Record, Report, Row
 
-__all__ = ["Recorder", "Report"]
+__all__ = ["Change", "Coverage", "Difference", "NotAReportError", "Record", "Recorder", "Report", "Row"]

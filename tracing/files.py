@@ -1,0 +1,60 @@
+"""Writing reports: whole or not at all, and never over a file that is something else."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from gemsmode.errors import GemsError
+
+MARKER = "gemsmode-report"
+"""Stands within the first bytes of every report that gemsmode writes, in all formats."""
+
+_LOOK_AT = 512
+
+
+class NotAReportError(GemsError, FileExistsError):
+    """A report was to be written over a file that is not a report."""
+
+
+def is_report(path: Path) -> bool:
+    """Whether a report may replace the file: it is one, or it is empty."""
+    with open(path, "rb") as file:
+        head = file.read(_LOOK_AT)
+    return not head or MARKER.encode() in head
+
+
+def write(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> Path:
+    """Write ``text``, a report, to ``path``.
+
+    Args:
+        path: where; its folder must exist.
+        text: a report in any format; its first bytes hold :data:`MARKER`.
+        overwrite: replace whatever is there.
+
+    Raises:
+        NotAReportError: a file that is not a report is there and ``overwrite`` is not set.
+        OSError: it cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite and (not target.is_file() or not is_report(target)):
+        raise NotAReportError(f"{target} exists and is not a gemsmode report; choose another name, or overwrite=True (--force) to replace it")
+    if target.exists() and not target.is_file():  # /dev/stdout and the like
+        target.write_text(text)
+        return target
+    folder = target.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to write {target.name} to")
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return target

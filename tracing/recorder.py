@@ -1,0 +1,312 @@
+"""The recorder of a traced mode: told of each call, it adds to a row of totals and never keeps a tensor.
+
+A row stands for all calls of one op with one decision, one set of argument shapes and dtypes, in one module and
+phase. Each thread has its own rows, so that autograd's threads need no lock; :meth:`Recorder.report` puts them
+together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import sys
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import torch
+import triton
+from torch._C._autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch._C._profiler import _RecordFunctionFast
+from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
+
+from gemsmode.handlers import Decision
+from gemsmode.target import Target
+from gemsmode.tracing.clock import DeviceClock, Pending
+from gemsmode.tracing.modules import ModuleTracker, Place
+from gemsmode.tracing.report import COMPUTE, Record, Report
+from gemsmode.tracing.timeline import Timeline
+
+MAX_ROWS = 20_000
+"""Rows kept per thread; beyond it, calls of new shapes share one row per op, decision and module."""
+
+LISTED = 8
+"""Tensors of a list argument (``cat``, ``_foreach_add``) whose shapes are part of a row's key."""
+
+Token = tuple[Any, Any, int]
+_current_graph_task_id = torch._C._current_graph_task_id
+
+
+class _Totals:
+    """A row: what its calls have in common, and their totals."""
+
+    __slots__ = ("calls", "captured", "decision", "device_calls", "device_ns", "host_ns", "module", "number", "op", "phase",
+                 "shapes", "touched")
+
+    def __init__(self, number: int, op: Any, decision: Decision, shapes: tuple[Any, ...] | None, module: str, phase: str,
+                 touched: int) -> None:
+        self.number, self.op, self.decision, self.shapes, self.module, self.phase = number, op, decision, shapes, module, phase
+        self.touched = touched
+        self.calls = self.host_ns = self.device_ns = self.device_calls = self.captured = 0
+
+
+class _Buffer:
+    """What one thread has recorded."""
+
+    __slots__ = ("pending", "place", "rows", "thread")
+
+    def __init__(self, place: Place) -> None:
+        self.rows: dict[Any, _Totals] = {}
+        self.pending: deque[Pending] = deque()
+        self.place = place
+        self.thread = threading.get_ident()
+
+
+def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The dtype and shape of each tensor argument; of the first few and the number of them for lists."""
+    found: list[Any] = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            found.append((arg.dtype, arg.shape))
+        elif arg.__class__ in (list, tuple) and arg and isinstance(arg[-1], torch.Tensor):
+            found.append((len(arg), *[(t.dtype, t.shape) for t in arg[:LISTED] if t is not None]))
+    return tuple(found)
+
+
+def _touched(args: tuple[Any, ...]) -> int:
+    """Bytes of the tensor arguments."""
+    total = 0
+    for arg in args:
+        for t in arg if arg.__class__ in (list, tuple) else (arg,):
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_nested:
+                total += t.numel() * t.element_size()
+    return total
+
+
+def _text(shapes: tuple[Any, ...] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A row's arguments in words, and their dtypes."""
+    if shapes is None:
+        return ("(various)",), ()
+    texts, dtypes = [], []
+    for item in shapes:
+        listed = item.__class__ is tuple and item[0].__class__ is int
+        parts = []
+        for dtype, shape in item[1:] if listed else (item,):
+            name = str(dtype).removeprefix("torch.")
+            dtypes.append(name)
+            parts.append(f"{name}{list(shape)}")
+        if listed:
+            more = ", ..." if item[0] > len(parts) else ""
+            texts.append(f"({', '.join(parts)}{more})" + (f"x{item[0]}" if more else ""))
+        else:
+            texts += parts
+    return tuple(texts), tuple(dict.fromkeys(dtypes))
+
+
+class Recorder:
+    """Records calls; safe to use from any thread.
+
+    Args:
+        target: what kernels run on; on a present GPU calls are timed by device events, elsewhere by wall time.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.timeline = Timeline()
+        self.modules = ModuleTracker()
+        self._clock = DeviceClock.of(target, self.timeline)
+        self._local = threading.local()
+        self._buffers: list[_Buffer] = []
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._entered = 0
+        self._since = self._wall_ns = 0
+        self._graphs_built = False
+        self._exception: str | None = None
+
+    # -- the block -----------------------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """The mode was entered on this thread."""
+        with self._lock:
+            self._entered += 1
+            if self._entered == 1:
+                self._since = time.perf_counter_ns()
+                self.modules.install()
+        starts = self._local.__dict__.setdefault("entered_at", [])
+        starts.append(_get_sequence_nr())
+
+    def leave(self, exception: BaseException | None) -> None:
+        """The mode was left on this thread, by ``exception`` if there is one."""
+        starts = self._local.__dict__.get("entered_at")
+        if starts and _get_sequence_nr() > starts.pop():
+            self._graphs_built = True
+        if exception is not None:
+            text = str(exception).strip().splitlines()
+            self._exception = f"{type(exception).__name__}" + (f": {text[0]}" if text else "")
+        with self._lock:
+            if self._entered:
+                self._entered -= 1
+                if not self._entered:
+                    self._stop()
+
+    def close(self) -> None:
+        """The mode is over on every thread, including those that have not left it."""
+        with self._lock:
+            if self._entered:
+                self._entered = 0
+                self._stop()
+
+    def _stop(self) -> None:
+        self._wall_ns += time.perf_counter_ns() - self._since
+        self.modules.remove()
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def begin(self, op: Any, decision: Decision) -> Token:
+        """A call is about to run; give what this returns to :meth:`end`."""
+        span = None
+        if _profiler_enabled():
+            # Nests under the profiler's own ranges, so that its trace shows what each call became.
+            span = _RecordFunctionFast(f"gems::{op} [{decision.rule or decision.kind}]")
+            span.__enter__()
+        clock = self._clock
+        return span, clock.start() if clock is not None else None, time.perf_counter_ns()
+
+    def end(self, token: Token, op: Any, decision: Decision, args: tuple[Any, ...]) -> None:
+        """The call has run, or raised. Only metadata of ``args`` is read."""
+        now = time.perf_counter_ns()
+        span, mark, began = token
+        if span is not None:
+            span.__exit__(None, None, None)
+        try:
+            buffer = self._local.buffer
+        except AttributeError:
+            buffer = self._new_buffer()
+        place = buffer.place
+        if _current_graph_task_id() == -1:
+            module, phase = place.module, place.phase
+        else:
+            module, phase = self.modules.backward_module(place), "backward"
+        try:
+            shapes = _shapes(args)
+            key = (id(op), decision.kind, decision.rule, decision.reason, decision.bytes, decision.flops, shapes, module, phase)
+            row = buffer.rows.get(key)
+        except Exception:  # nested tensors and the like have no shape
+            key = (id(op), decision.kind, decision.rule, decision.reason, None, None, None, module, phase)
+            shapes, row = None, buffer.rows.get(key)  # type: ignore[assignment]
+        if row is None:
+            row = self._new_row(buffer, key, op, decision, shapes, module, phase, args)
+        row.calls += 1
+        row.host_ns += now - began
+        index = self.timeline.add(row.number, began, now - began, buffer.thread)
+        if mark is not None:
+            self._stop_clock(mark, args, buffer, row, index)
+
+    def _new_buffer(self) -> _Buffer:
+        buffer = self._local.buffer = _Buffer(self.modules.here())
+        with self._lock:
+            self._buffers.append(buffer)
+        return buffer
+
+    def _new_row(self, buffer: _Buffer, key: Any, op: Any, decision: Decision, shapes: Any, module: str, phase: str,
+                 args: tuple[Any, ...]) -> _Totals:
+        if shapes is not None and len(buffer.rows) >= MAX_ROWS:
+            key = (*key[:4], None, None, None, module, phase)
+            shapes = None
+            if (found := buffer.rows.get(key)) is not None:
+                return found
+        if shapes is None:
+            decision = Decision(decision.kind, decision.rule, decision.reason)
+        row = buffer.rows[key] = _Totals(next(self._numbers), op, decision, shapes, module, phase, _touched(args) if shapes else 0)
+        return row
+
+    def _stop_clock(self, mark: Any, args: tuple[Any, ...], buffer: _Buffer, row: _Totals, index: int) -> None:
+        assert self._clock is not None
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                if arg.device.type != self.target.device_type or arg.device.index != mark.device:
+                    self._clock.give_back(mark)  # the events were on another device than the call
+                    return
+                break
+        self._clock.stop(mark, buffer.pending, row, index)
+
+    # -- the report ----------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """What was recorded so far. Waits for the device, to read the time of calls that are still under way."""
+        with self._lock:
+            buffers = list(self._buffers)
+            running = self._entered > 0
+            wall_ns = self._wall_ns + (time.perf_counter_ns() - self._since if running else 0)
+        timed = self._clock is None or self._clock.finish([b.pending for b in buffers])
+        merged: dict[Any, list[_Totals]] = {}
+        for buffer in buffers:
+            for key, totals in list(buffer.rows.items()):
+                merged.setdefault(key, []).append(totals)
+        records, numbers = [], {}
+        for rows in merged.values():
+            numbers.update((row.number, len(records)) for row in rows)
+            records.append(self._record(rows))
+        return Report(tuple(records), self._environment(), tuple(self._notes(records, timed)), wall_ns / 1e9,
+                      self.timeline, numbers)
+
+    def _record(self, rows: list[_Totals]) -> Record:
+        first = rows[0]
+        decision = first.decision
+        inputs, dtypes = _text(first.shapes)
+        device_calls = sum(r.device_calls for r in rows)
+        return Record(
+            overload=str(first.op), decision=decision.kind, rule=decision.rule,
+            reason="a view, an allocation or metadata" if decision.kind == "view" else decision.reason,
+            inputs=inputs, dtypes=dtypes, module=first.module, phase=first.phase,
+            calls=sum(r.calls for r in rows), host_s=sum(r.host_ns for r in rows) / 1e9,
+            device_s=sum(r.device_ns for r in rows) / 1e9 if device_calls else None, device_calls=device_calls,
+            captured=sum(r.captured for r in rows), bytes=decision.bytes, flops=decision.flops, touched=first.touched)
+
+    def _environment(self) -> dict[str, Any]:
+        import gemsmode
+
+        target = self.target
+        device = platform.processor() or platform.machine()
+        if target.interpreted:
+            device = f"{device} (Triton's interpreter)"
+        elif target.present and target.device_type == "cuda":
+            device = torch.cuda.get_device_name()
+        elif target.present and target.device_type == "xpu":
+            device = torch.xpu.get_device_name()
+        return {"gemsmode": gemsmode.__version__, "torch": torch.__version__, "triton": triton.__version__,
+                "python": platform.python_version(), "device": device, "interpreter": target.interpreted,
+                "timing": "wall" if self._clock is None else "device"}
+
+    def _notes(self, records: list[Record], timed: bool) -> list[str]:
+        notes = []
+        if self._exception is not None:
+            notes.append(f"the block was left by an exception ({self._exception}); this is what ran until then")
+        starts = self._local.__dict__.get("entered_at") or []
+        built = self._graphs_built or bool(starts and _get_sequence_nr() > starts[-1])
+        computed = any(r.decision in COMPUTE for r in records)
+        if built and computed and not any(r.phase == "backward" for r in records):
+            notes.append("a forward that wants gradients was seen and no backward: a backward() after the block is not covered "
+                         "(gemsmode.enable() covers both)")
+        if self.modules.saw_compiled or _compiled_graphs():
+            notes.append("torch.compile was used in this process: what runs inside compiled regions is not seen")
+        if captured := sum(r.captured for r in records):
+            notes.append(f"{captured} calls were captured into a CUDA graph: counted once, not timed; its replays run no Python")
+        if not timed:
+            notes.append("a graph is being captured: calls still under way on the device are not timed in this report")
+        if any(r.inputs == ("(various)",) for r in records):
+            notes.append(f"more than {MAX_ROWS} different calls: later shapes are gathered as (various)")
+        if self.timeline.dropped:
+            notes.append(f"the timeline holds the first {len(self.timeline)} calls; {self.timeline.dropped} later ones are only counted")
+        if self.target.interpreted:
+            notes.append("kernels ran in Triton's interpreter, which is for checking: their times say nothing about a GPU")
+        return notes
+
+
+def _compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process; 0 where it was never imported."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    counters = getattr(utils, "counters", None)
+    return counters["stats"]["unique_graphs"] if counters and "stats" in counters else 0
