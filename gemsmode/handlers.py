@@ -21,11 +21,11 @@ from torch._ops import OpOverload
 from gemsmode import plan as plans_module
 from gemsmode.errors import RuleFailedError
 from gemsmode.native import computes, is_composite, native, native_in_order
-from gemsmode.plan import Alloc, Arg, At, Decline, Disjoint, Into, Launch, Num, Out, Plan
+from gemsmode.plan import Arg, At, Decline, Disjoint, Into, Launch, Num, Out, Plan
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Candidate, Registry, short_name
 from gemsmode.selectors import Selection, Selector
-from gemsmode.signature import Call, TensorMeta, Unkeyable, describe, make_functions, parameters
+from gemsmode.signature import NUMBERS, Call, TensorMeta, Unkeyable, Variant, describe, make_functions, parameters
 from gemsmode.target import Target, current
 
 log = logging.getLogger("gemsmode")
@@ -206,10 +206,11 @@ class OpHandler:
         why = "no rule" if not candidates else "; ".join(dict.fromkeys(c.reason for c in self._refused))
         if self._candidates:
             rules = [c.rule for c, _, _ in self._candidates]
+            state = dict.fromkeys((*(s for r in rules for s in r.state), *self._current_device()))
             try:
                 self.functions = make_functions(
                     op, self._plans, self._miss, self._failed, frozenset().union(*(r.by_value for r in rules)),
-                    tuple(dict.fromkeys(s for r in rules for s in r.state)), any(r.tensor_bits for r in rules))
+                    tuple(state), any(r.tensor_bits for r in rules))
             except Unkeyable as error:
                 why = str(error)
         if self.functions is not None:
@@ -220,6 +221,12 @@ class OpHandler:
             self.call = native(op)
         self.fixed = self._passing(why, in_order=False) if self.functions is None else None
         """The one decision for every call, if it does not depend on the call."""
+
+    def _current_device(self) -> tuple[Callable[[], Any], ...]:
+        """What a decision depends on where no tensor says which device is meant: the current one, as part of the key."""
+        declared = parameters(self.op)
+        makes = any(p.name == "device" for p in declared) and not any(p.is_tensor or p.is_tensor_list for p in declared)
+        return (torch.cuda.current_device,) if makes and self.policy.target.device_type == "cuda" and self.policy.target.present else ()
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 
@@ -308,11 +315,15 @@ class OpHandler:
         wanted = self.policy.target.device_type
         index: int | None = None
         tensors = [t for a in args for t in (a if a.__class__ is tuple else (a,)) if t.__class__ is TensorMeta]
+        here = False
         for meta in tensors:
             if meta.device.type != wanted:
                 if meta.device.type == "cpu" and meta.ndim == 0 and len(tensors) > 1:
+                    if any(p.is_written and a is meta for p, a in zip(parameters(self.op), args)):
+                        return 0, "the tensor to be written is on the CPU"
                     continue
                 return 0, f"device {meta.device}; the mode works on {wanted}"
+            here = True
             if index is not None and meta.device.index != index:
                 return 0, "tensors on several devices"
             index = meta.device.index
@@ -322,6 +333,8 @@ class OpHandler:
             if device.type != wanted:
                 return 0, f"device {device}; the mode works on {wanted}"
             index = device.index
+        elif not here:
+            return 0, f"device {tensors[0].device}; the mode works on {wanted}"
         if index is None and wanted == "cuda" and self.policy.target.present:
             index = torch.cuda.current_device()
         return index or 0, ""
@@ -338,17 +351,22 @@ class OpHandler:
         if not ok:
             raise Decline(reason)
         if not rule.is_planned:
+            if not rule.numbers and any(p.is_tensor and a.__class__ in NUMBERS and a is not None
+                                        for p, a in zip(parameters(call.op), base_args)):
+                raise Decline("a Python number in a tensor's place; a rule made with numbers=True takes it")
             if target.device_type != "cpu" and any(m.device.type == "cpu" for m in call.tensors):
                 raise Decline("a CPU scalar tensor among the arguments")
             return Decided(Decision("rule", rule.name), self._simple(rule.implementation, variant))
         plan = rule.implementation(call)
+        if target.device_type != "cpu" and any(m.device.type == "cpu" for m in plan.metas.values()):
+            raise Decline("a CPU scalar tensor among the arguments")
         decision = Decision("rule", rule.name, bytes=plan.bytes, flops=plan.flops)
         finish: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         if variant is not None:
             plan, finish = self._as_variant(plan, candidate, call, args)
         if not bind:
             return Decided(decision, native_in_order(self.op), plan)
-        run = plans_module.bind(plan, target, len(args), native_in_order(self.op), device)
+        run = plans_module.bind(plan, target, len(args), self._refuse, device)
         return Decided(decision, finish(run) if finish else run)
 
     # -- variants ------------------------------------------------------------------------------------------------------
@@ -381,18 +399,20 @@ class OpHandler:
             call.outs, call.inplace = tuple(outs), variant.inplace
             plan = rule.implementation(call)
             fits, reads_written, produced = True, False, []
-        if not fits or reads_written:
-            functional = _rewrite(plan, variant.order, {}, (), None, {}, ())
-            return functional, functools.partial(self._copying, variant.outs)
+        copies = not fits or reads_written
         extra = dict(zip(targets, outs))
         own = {Arg(variant.order[ref.index], ref.item): meta for ref, meta in plan.metas.items()}
         disjoint = []
         for i, (ref, out) in enumerate(extra.items()):
             for other, meta in (*own.items(), *list(extra.items())[:i]):
-                if other == ref:
+                # An in-place op that is not elementwise may read what it writes, from a fresh tensor.
+                if other == ref or (reads_written and other in own):
                     continue
                 same = plan.elementwise and (meta.shape, meta.stride, meta.dtype) == (out.shape, out.stride, out.dtype) and other in own
                 disjoint.append(Disjoint(ref, other, _byte_extent(out), _byte_extent(meta), same))
+        if copies:
+            functional = _rewrite(plan, variant.order, {}, (), None, extra, tuple(disjoint))
+            return functional, functools.partial(self._copying, variant.outs)
         replaced = dict(zip(produced, targets))
         return _rewrite(plan, variant.order, replaced, targets, returns, extra, tuple(disjoint)), None
 
@@ -406,7 +426,11 @@ class OpHandler:
                     _resize_output(out, result.shape)
                     if tuple(out.stride()) != result.stride:
                         out.as_strided_(result.shape, result.stride)
-            return self.lookup(args).run(*args)
+            again = self.lookup(args)
+            try:
+                return again.run(*args)
+            except Exception as error:
+                return self._failed(error, again.run, args)
 
         return resize
 
@@ -416,36 +440,55 @@ class OpHandler:
         def run_and_copy(*args: Any) -> Any:
             results = run(*args)
             if len(positions) == 1:
-                return args[positions[0]].copy_(results)
-            return tuple([args[p].copy_(r) for p, r in zip(positions, results)])
+                out = args[positions[0]]
+                # PyTorch's own implementation ran, and wrote it itself.
+                return out if results is out else out.copy_(results)
+            return tuple([args[p] if r is args[p] else args[p].copy_(r) for p, r in zip(positions, results)])
 
         return run_and_copy
 
-    def _simple(self, function: Callable[..., Any], variant: Any) -> Callable[..., Any]:
-        base = self.op if variant is None else variant.base
-        declared = parameters(base)
+    def _simple(self, function: Callable[..., Any], variant: Variant | None) -> Callable[..., Any]:
+        """A simple rule's function, called as people call the op: defaults left out, keywords by name."""
+        declared = parameters(self.op if variant is None else variant.base)
         order = range(len(declared)) if variant is None else variant.order
-        outs = () if variant is None else variant.outs
+        writes_first = variant is None and bool(declared) and declared[0].is_written
 
-        def run(*args: Any) -> Any:
+        def call(args: tuple[Any, ...]) -> Any:
             given = [args[i] for i in order]
             keywords = {}
-            while declared[:len(given)] and declared[len(given) - 1].kwarg_only:
+            while given and declared[len(given) - 1].kwarg_only:
                 p, value = declared[len(given) - 1], given.pop()
                 if not (p.has_default and _same(value, p.default)):
                     keywords[p.name] = value
             while given and declared[len(given) - 1].has_default and _same(given[-1], declared[len(given) - 1].default):
                 given.pop()
-            results = function(*given, **keywords)
-            if not outs:
-                return results
-            written = []
-            for position, result in zip(outs, results if len(outs) > 1 else (results,)):
-                out = args[position]
+            return function(*given, **keywords)
+
+        def run(*args: Any) -> Any:
+            result = call(args)
+            return args[0] if result is None and writes_first else result
+
+        return run if variant is None or not variant.outs else self._writing(call, variant)
+
+    def _writing(self, call: Callable[[tuple[Any, ...]], Any], variant: Variant) -> Callable[..., Any]:
+        """Run a simple functional rule and put its results where an in-place or ``out=`` call wants them."""
+
+        def run(*args: Any) -> Any:
+            outs = [args[i] for i in variant.outs]
+            others = [t for i, a in enumerate(args) if i not in variant.outs
+                      for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, torch.Tensor)]
+            if any(TensorMeta.of(out).may_overlap_itself or any(_same_memory(out, t) for t in others) for out in outs):
+                return self._refuse(*args)
+            results = call(args)
+            results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
+            for out, result in zip(outs, results):
+                if not torch.can_cast(result.dtype, out.dtype) or (variant.inplace and out.shape != result.shape):
+                    return self._refuse(*args)
+            for out, result in zip(outs, results):
                 if out.shape != result.shape:
                     _resize_output(out, result.shape)
-                written.append(out.copy_(result))
-            return written[0] if len(written) == 1 else tuple(written)
+                out.copy_(result)
+            return outs[0] if len(outs) == 1 else tuple(outs)
 
         return run
 
@@ -462,8 +505,17 @@ class OpHandler:
         log.warning("%s", message, exc_info=error)
         return Decided(Decision("error", rule, text, (*self._refused, *considered)), native_in_order(self.op))
 
+    def _refuse(self, *args: Any) -> Any:
+        """PyTorch's own implementation, for a call that a rule must not serve; what it raises is the user's to see."""
+        try:
+            return native_in_order(self.op)(*args)
+        except Exception as error:
+            raise _FromPyTorch(error) from None
+
     def _failed(self, error: Exception, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """``run`` raised ``error`` on ``args``: PyTorch's own errors go on; a rule's failure is fallen back from."""
+        if isinstance(error, _FromPyTorch):
+            raise error.error from None
         try:
             key = self._key(args)
         except Exception:
@@ -480,6 +532,21 @@ class OpHandler:
             self.decided[key] = fallen
             self._plans[key] = fallen.run
         return fallen.run(*args)
+
+
+class _FromPyTorch(Exception):
+    """Carries an error of PyTorch's own out of a rule's function, so that it is not taken for the rule's failure."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the ranges of memory that two tensors span meet."""
+    a_first, b_first = a.data_ptr(), b.data_ptr()
+    return (a_first < b_first + _byte_extent(TensorMeta.of(b)) and b_first < a_first + _byte_extent(TensorMeta.of(a))
+            and a.device == b.device)
 
 
 def _resize_output(out: torch.Tensor, shape: Sequence[int]) -> None:

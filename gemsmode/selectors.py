@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch._ops import OpOverload
 
@@ -12,7 +12,7 @@ from gemsmode.errors import UnknownOpError
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Registry, Rule, aten_overloads, functional_name, plain_name
 
-Selection = Iterable[Any] | Mapping[Any, Any] | str | OpOverload | None
+Selection: TypeAlias = Iterable[Any] | Mapping[Any, Any] | str | OpOverload | None
 
 
 class Selector:
