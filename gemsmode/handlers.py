@@ -245,10 +245,10 @@ class OpHandler:
             return native(self.op)(*args, **kwargs)
         _push_on_torch_dispatch_stack(self.policy.reentry)
         try:
-            result = self.op.decompose(*args, **kwargs)
+            # Not `decompose`, which prefers decompositions written for tracing to what the op itself does.
+            return self.op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         finally:
             _pop_torch_dispatch_stack(None)
-        return native(self.op)(*args, **kwargs) if result is NotImplemented else result
 
     def lookup(self, args: tuple[Any, ...]) -> Decided:
         """The decision for a call whose arguments are given in order, all of them."""

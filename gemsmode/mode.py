@@ -21,7 +21,7 @@ from gemsmode import registry as registry_module
 from gemsmode.handlers import OpHandler, Policy
 from gemsmode.native import native
 from gemsmode.registry import Registry
-from gemsmode.selectors import Selection, Selector
+from gemsmode.selectors import Selection, Selector, as_names
 from gemsmode.target import current
 
 if TYPE_CHECKING:
@@ -110,10 +110,7 @@ class GemsMode(TorchDispatchMode):
         super().__init__()
         load_ops()
         self._registry = registry if registry is not None else registry_module.default
-        if not isinstance(allow, (Mapping, str, type(None))):
-            allow = tuple(allow)
-        if not isinstance(deny, (Mapping, str, type(None))):
-            deny = tuple(deny)
+        allow, deny = as_names(allow), as_names(deny)
         self._options = allow, deny, strict
         self._selectors = tuple(None if s is None else Selector(s, self._registry) for s in (allow, deny))
         self.recorder: Recorder | None = None

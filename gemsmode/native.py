@@ -69,6 +69,7 @@ _METADATA_NAMES = frozenset([
     "sparse_dim", "dense_dim", "size", "stride", "numel", "dim", "is_contiguous", "_nested_tensor_size",
     "unsafe_split", "unsafe_chunk", "as_strided_", "retain_grad", "_fw_primal", "_make_dual", "_unpack_dual",
     "resolve_conj", "resolve_neg",
+    "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "requires_grad_", "rename_", "resize_as_",
 ])
 
 

@@ -6,13 +6,20 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from gemsmode.errors import UnknownOpError
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Registry, Rule, aten_overloads, functional_name, plain_name
 
-Selection: TypeAlias = Iterable[Any] | Mapping[Any, Any] | str | OpOverload | None
+Selection: TypeAlias = Iterable[Any] | Mapping[Any, Any] | str | OpOverload | OpOverloadPacket | None
+
+
+def as_names(selection: Selection) -> Mapping[Any, Any] | tuple[Any, ...] | None:
+    """``selection`` as a mapping or a tuple; None stays None."""
+    if selection is None or isinstance(selection, Mapping):
+        return selection
+    return (selection,) if isinstance(selection, (str, OpOverload, OpOverloadPacket)) else tuple(selection)
 
 
 class Selector:
@@ -22,7 +29,8 @@ class Selector:
       ``_softmax`` too, ``"layer_norm"`` means ``native_layer_norm``); ``"add_"`` the in-place form alone;
     - ``"add.Tensor"``: one overload;
     - ``"*_backward"``: a glob over names, or over ``name.overload`` if it holds a dot;
-    - ``"reduction"``: every rule of that family;
+    - ``"reduction"``: every rule of that family (``"family:norm"`` where an op has the same name, which is then what
+      ``"norm"`` means);
     - a mapping from any of these to a predicate (or ``...`` for no condition).
 
     Raises:
@@ -30,9 +38,8 @@ class Selector:
     """
 
     def __init__(self, selection: Selection, registry: Registry) -> None:
-        if isinstance(selection, (str, OpOverload)):
-            selection = [selection]
-        items = selection.items() if isinstance(selection, Mapping) else ((name, ...) for name in selection or ())
+        names = as_names(selection) or ()
+        items = names.items() if isinstance(names, Mapping) else ((name, ...) for name in names)
         self._families: dict[str, Predicate | None] = {}
         self._names: dict[str, Predicate | None] = {}
         self._overloads: dict[str, Predicate | None] = {}
@@ -56,10 +63,10 @@ class Selector:
             self._overloads[name] = condition
         elif overload and packet in table:
             raise UnknownOpError(name, (f"{packet}.{o}" for o in table[packet]), "overload")
-        elif name in families:
-            self._families[name] = condition
         elif name in table:
             self._names[name] = condition
+        elif name.removeprefix("family:") in families:
+            self._families[name.removeprefix("family:")] = condition
         else:
             raise UnknownOpError(name, [*table, *families], "op, family or pattern")
 

@@ -1,0 +1,94 @@
+"""What the tests of the core share: a registry whose rules write down each call, and a look at a mode's decisions."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gemsmode import GemsMode, Registry, rule
+from gemsmode.handlers import Decided, Decision
+from gemsmode.registry import find_op
+
+
+class Spy:
+    """A registry with simple rules that do what PyTorch does and write down who called them.
+
+    Attributes:
+        registry: give it to a mode.
+        calls: the names of the ops that ran here, in order.
+        threads: the thread of each call.
+    """
+
+    def __init__(self, *ops: str) -> None:
+        self.registry = Registry("spy")
+        self.calls: list[str] = []
+        self.threads: list[int] = []
+        for name in ops:
+            self._add(name)
+
+    def _add(self, name: str) -> None:
+        op = find_op(name)
+
+        @rule(op, name=f"spy {name}", registry=self.registry, numbers=True)
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(name)
+            self.threads.append(threading.get_ident())
+            return op(*args, **kwargs)
+
+    def take(self) -> list[str]:
+        """The calls since the last time."""
+        calls, self.calls[:] = list(self.calls), []
+        return calls
+
+
+class Counting(TorchDispatchMode):
+    """An ordinary dispatch mode that counts the overloads it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def in_order(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call as its schema states them, all of them."""
+    given = {a.name: value for a, value in zip(op._schema.arguments, args)} | kwargs
+    return tuple(given.get(a.name, a.default_value if a.has_default_value() else None) for a in op._schema.arguments)
+
+
+def decided(mode: GemsMode, name: str, *args: Any, **kwargs: Any) -> Decided:
+    """What ``mode`` does for ``name(*args, **kwargs)``, with the function that does it."""
+    op = find_op(name)
+    return mode.policy.handler(op).lookup(in_order(op, args, kwargs))
+
+
+def decision(mode: GemsMode, name: str, *args: Any, **kwargs: Any) -> Decision:
+    """What ``mode`` decides for ``name(*args, **kwargs)``."""
+    return decided(mode, name, *args, **kwargs).decision
+
+
+def stack() -> list[Any]:
+    """This thread's dispatch modes, from the bottom."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return list(_get_current_dispatch_mode_stack())
+
+
+needs_cuda = "needs a GPU: run with --device cuda"
+
+
+def skip_without_cuda(device: str, gpus: int = 1) -> None:
+    """Skip the test unless kernels run on a GPU (and on enough of them)."""
+    import pytest
+
+    if device != "cuda":
+        pytest.skip(needs_cuda)
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs; PyTorch sees {torch.cuda.device_count()}")
