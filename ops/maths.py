@@ -57,6 +57,16 @@ def sqrt(x):
 
 
 @triton.jit
+def rsqrt(x):
+    """1 / sqrt(x); subnormal arguments included."""
+    if x.dtype == tl.float64:
+        return 1 / tl.sqrt(x)
+    else:
+        small = x < 1.1754943508222875e-38
+        return tl.rsqrt(tl.where(small, x * 16777216.0, x)) * tl.where(small, 4096.0, 1.0)
+
+
+@triton.jit
 def copysign(x, sign):
     """The magnitude of x with the sign of `sign`."""
     if x.dtype == tl.float64:
