@@ -67,6 +67,16 @@ class Size(NamedTuple):
     value: int
 
 
+def extent(value: int) -> int | Size:
+    """A size as an argument: divisibility by 16 lets masked accesses be vectors; a size of 1 is not worth a kernel."""
+    return Size(value) if value == 1 else value
+
+
+def stride(value: int) -> int | Size:
+    """A stride of an outer dimension as an argument: only divisibility by 16 is worth a kernel of its own."""
+    return value if value % 16 == 0 else Size(value)
+
+
 class Alloc(NamedTuple):
     """A tensor to allocate. ``zero``: filled with zeros first."""
 

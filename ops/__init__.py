@@ -10,7 +10,8 @@ from gemsmode.target import current
 
 current()  # must come before the first @triton.jit
 
-FAMILIES = ("unary", "activation", "binary", "ternary", "copy", "reduction", "scan", "softmax", "norm", "loss")
+FAMILIES = ("unary", "activation", "binary", "ternary", "copy", "reduction", "scan", "softmax", "norm", "loss",
+            "movement", "creation")
 
 for _name in FAMILIES:
     importlib.import_module(f"{__name__}.{_name}")

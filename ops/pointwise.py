@@ -27,10 +27,10 @@ import torch
 import triton
 import triton.language as tl
 
+from gemsmode.launch import Constants
 from gemsmode.ops.layout import Loops, broadcast_shape, broadcast_strides, is_dense, merge, output_strides
 from gemsmode.ops.promotion import ALL, TRITON, opmath, result_type
-from gemsmode.launch import Constants
-from gemsmode.plan import Alloc, Arg, At, Decline, Into, Launch, Num, Out, Plan, Size
+from gemsmode.plan import Alloc, Arg, At, Decline, Into, Launch, Num, Out, Plan, Size, extent, stride
 from gemsmode.predicates import Predicate, dtype_name
 from gemsmode.registry import find_op, planned
 from gemsmode.signature import Call, TensorMeta, parameters
@@ -52,6 +52,15 @@ def _offset(where, strides):
 
 
 @triton.jit
+def convert(x, DTYPE: tl.constexpr):
+    """``x`` in DTYPE. Integers reach bfloat16 by way of float32, as in PyTorch; the interpreter knows no direct way."""
+    if DTYPE == tl.bfloat16 and not x.dtype.is_floating():
+        return x.to(tl.float32).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
 def _operand(p, where, strides, mask, HOW: tl.constexpr, I: tl.constexpr):
     """A block of operand I, in the dtype that the function computes in. HOW[I]: (kind, common, compute dtype)."""
     if HOW[I][0] == 1:  # a number
@@ -59,7 +68,7 @@ def _operand(p, where, strides, mask, HOW: tl.constexpr, I: tl.constexpr):
     elif HOW[I][0] == 2:  # an index
         return _offset(where, strides).to(HOW[I][2])
     else:
-        return tl.load(p + _offset(where, strides), mask=mask).to(HOW[I][1]).to(HOW[I][2])
+        return convert(tl.load(p + _offset(where, strides), mask=mask), HOW[I][1]).to(HOW[I][2])
 
 
 @triton.jit
@@ -91,7 +100,7 @@ def _apply(FN: tl.constexpr, ins, where, strides, mask, HOW: tl.constexpr):
 @triton.jit
 def _store(p, where, strides, value, mask):
     o = _offset(where, strides)
-    tl.store(p + o, tl.broadcast_to(value, mask.shape).to(p.dtype.element_ty), mask=mask)
+    tl.store(p + o, convert(tl.broadcast_to(value, mask.shape), p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -360,7 +369,7 @@ def _flat(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins:
     tile = choose_flat(n, itemsize, target)
     no_strides = ((),) * max(len(ins), len(outs))
     rest = (("WIDE", n >= _WIDE), ("BLOCK", tile.x))
-    return Launch(flat_kernel, (-(-n // tile.x), 1, 1), (outs, ins, _size(n), no_strides),
+    return Launch(flat_kernel, (-(-n // tile.x), 1, 1), (outs, ins, extent(n), no_strides),
                   _constants(function, kinds, rest), tile.warps)
 
 
@@ -387,20 +396,16 @@ def _strided(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], i
         for d in rest:
             programs *= sizes[d]
         if programs < 2**31:
-            steps = [(s[0], s[y], *[Size(s[d]) for d in rest]) for s in loops.strides]
+            steps = [(s[0], s[y], *[stride(s[d]) for d in rest]) for s in loops.strides]
             return Launch(tiled_kernel, (programs, 1, 1),
-                          (outs, ins, _size(sizes[0]), _size(sizes[y]) if transposed else Size(sizes[y]), tuple([Size(sizes[d]) for d in rest]), tuple(steps[:count]),
-                           _spread(steps[count:], kinds)),
+                          (outs, ins, extent(sizes[0]), extent(sizes[y]) if transposed else Size(sizes[y]),
+                           tuple([Size(sizes[d]) for d in rest]), tuple(steps[:count]), _spread(steps[count:], kinds)),
                           _constants(function, kinds, (("WIDE", wide), ("BLOCK_X", tile.x), ("BLOCK_Y", tile.y))), tile.warps)
     tile = choose_flat(n, itemsize, target)
-    steps = [(s[0], *[Size(v) for v in s[1:]]) for s in loops.strides]
+    steps = [(s[0], *[stride(v) for v in s[1:]]) for s in loops.strides]
     return Launch(indexed_kernel, (-(-n // tile.x), 1, 1),
-                  (outs, ins, _size(n), tuple([Size(s) for s in sizes]), tuple(steps[:count]), _spread(steps[count:], kinds)),
+                  (outs, ins, extent(n), tuple([Size(s) for s in sizes]), tuple(steps[:count]), _spread(steps[count:], kinds)),
                   _constants(function, kinds, (("WIDE", wide), ("BLOCK", tile.x))), tile.warps)
-
-
-def _size(n: int) -> int | Size:
-    return Size(n) if n == 1 else n
 
 
 def _spread(strides: Sequence[tuple[Any, ...]], kinds: Any) -> tuple[tuple[Any, ...], ...]:
@@ -449,7 +454,8 @@ declarations: list[Declaration] = []
 def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = ALL, promote: Sequence[str] | None = None,
               keep: Sequence[str] = (), compute: str | Callable[[torch.dtype], torch.dtype] = "opmath", round_numbers: bool = False,
               outputs: Sequence[torch.dtype | None] = (None,), select: Callable[[Call], Any] | None = None,
-              by_value: Sequence[str] = (), check: Callable[[Call, torch.dtype], None] | None = None, flops: int = 1, name: str | None = None) -> Callable[[Any], Any]:
+              by_value: Sequence[str] = (), check: Callable[[Call, torch.dtype], None] | None = None, flops: int = 1,
+              name: str | None = None) -> Callable[[Any], Any]:
     """Declare a pointwise op.
 
     Args:
@@ -477,7 +483,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
         names = tuple(function.arg_names)
         unknown = [n for n in names if n not in index]
         if unknown:
-            raise TypeError(f"{op} has no argument {', '.join(unknown)}; a pointwise function's parameters are named as in {overload._schema}")
+            raise TypeError(f"{op} has no argument {', '.join(unknown)}; "
+                            f"a pointwise function's parameters are named as in {overload._schema}")
         promoted = tuple(promote) if promote is not None else tuple(
             n for n in names if declared[index[n]].is_tensor and n not in keep)
         allowed = frozenset(dtypes)
@@ -495,8 +502,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
         declarations.append(Declaration(op, (function,), kind, tuple(dtypes)))
         state = (torch.get_default_dtype,) if kind == INT_TO_FLOAT else ()
 
-        @planned(op, Predicate(f"dtype in {allowed_names}", admits), family="pointwise", kernel=function, name=name or function.fn.__name__, numbers=True, by_value=by_value,
-                 state=state, writes_out=True)
+        @planned(op, Predicate(f"dtype in {allowed_names}", admits), family="pointwise", kernel=function,
+                 name=name or function.fn.__name__, numbers=True, by_value=by_value, state=state, writes_out=True)
         def plan(call: Call) -> Plan:
             args = call.args
             common = common_dtype(call)
