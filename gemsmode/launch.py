@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.compiler import ASTSource
 
 from gemsmode.target import Target
@@ -220,5 +221,18 @@ def public_launch(compiled: Any, spec: Spec, grid: tuple[int, int, int], argumen
 def interpreted_launch(spec: Spec, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
     """Run a kernel in Triton's interpreter on CPU tensors."""
     runtime_names, _ = split_parameters(spec.kernel)
+    given = tuple(_interpreted_number(a, t) for a, t in zip(arguments, spec.types))
     with interpreter_lock:
-        spec.kernel[grid](**dict(zip(runtime_names, arguments)), **dict(spec.constants))
+        spec.kernel[grid](**dict(zip(runtime_names, given)), **dict(spec.constants))
+
+
+def _interpreted_number(argument: Any, kind: Any) -> Any:
+    """``argument`` as the interpreter must be given it: by itself it would take a Python float for a float32."""
+    if isinstance(argument, tuple):
+        return tuple(_interpreted_number(a, k) for a, k in zip(argument, kind))
+    if kind == "fp64" and isinstance(argument, float):
+        import numpy
+        from triton.runtime.interpreter import TensorHandle
+
+        return tl.tensor(TensorHandle(numpy.array([argument], dtype=numpy.float64), tl.float64), tl.float64)
+    return argument

@@ -1,0 +1,96 @@
+"""Options, the fixtures that every test shares, and the tables at the end of a run.
+
+    pytest                    kernels run in Triton's interpreter, on the CPU; a few samples of each op and dtype
+    pytest --device cuda      kernels run on the GPU
+    pytest --ref cpu          float64 references are computed on the CPU
+    pytest --full             every sample, every dtype, every launch choice
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gemsmode")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where kernels run; cpu is Triton's interpreter (default)")
+    group.addoption("--ref", choices=("cpu", "device"), default="device", help="where float64 references are computed")
+    group.addoption("--full", action="store_true", help="every sample of every dtype, and every launch choice compiled")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # also where a GPU is present
+    import torch
+
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch sees no GPU")
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+    import harness
+
+    from gemsmode import plan
+
+    harness.OPTIONS.device = config.getoption("--device")
+    harness.OPTIONS.ref = config.getoption("--ref")
+    harness.OPTIONS.full = config.getoption("--full")
+    plan.poison(True)  # what a kernel leaves unwritten is NaN, not a lucky zero
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The device type that kernels run on in this run."""
+    return request.config.getoption("--device")
+
+
+@pytest.fixture
+def unpoisoned() -> Iterator[None]:
+    """For tests of what a plan does by itself: allocations are not filled."""
+    from gemsmode import plan
+
+    plan.poison(False)
+    yield
+    plan.poison(True)
+
+
+# -- tables at the end, gathered from xdist's workers ------------------------------------------------------------------
+
+
+def _state() -> dict[str, Any]:
+    import harness
+
+    return {"tallies": {name: (t.compared, dict(t.passed)) for name, t in harness.TALLIES.items()}, "kernels": list(harness.KERNELS)}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["gemsmode"] = _state()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    import harness
+
+    state = getattr(node, "workeroutput", {}).get("gemsmode")
+    if state:
+        for name, (compared, passed) in state["tallies"].items():
+            harness.TALLIES[name].compared += compared
+            harness.TALLIES[name].passed.update(passed)
+        harness.KERNELS.extend(state["kernels"])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    import harness
+
+    lines = [*harness.tally_table(), *harness.kernel_table()]
+    for line in lines:
+        terminalreporter.write_line(line)

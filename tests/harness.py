@@ -1,0 +1,928 @@
+"""What the generated tests share: tolerances, references, samples, counts of what was intercepted.
+
+Samples come from PyTorch's own OpInfo database. Under an ordinary dispatch mode each OpInfo tells which aten ops it
+reaches (:func:`reach`), and the calls it makes are templates (:func:`templates`) from which calls of every overload,
+memory layout and special value are made, so that a newly registered op is tested without a line of its own.
+
+A result is right if PyTorch's metadata is met exactly and each value is close to PyTorch's own or to a float64
+reference: being more exact than PyTorch is no error, being far from both is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import random
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+import gemsmode
+from gemsmode import registry
+from gemsmode.handlers import Decision
+from gemsmode.registry import Candidate, functional_name, short_name
+from gemsmode.signature import Variant, parameters, variant_of
+
+# -- options of the run ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Options:
+    """How this run of pytest was asked to be.
+
+    Attributes:
+        device: ``"cpu"`` (Triton's interpreter) or ``"cuda"``.
+        ref: ``"cpu"`` computes float64 references on the CPU, ``"device"`` on ``device``.
+        full: every sample of every dtype instead of a few of each.
+    """
+
+    device: str = "cpu"
+    ref: str = "device"
+    full: bool = False
+
+
+OPTIONS = Options()
+"""Set by ``conftest.py`` before tests are collected."""
+
+
+# -- tolerances --------------------------------------------------------------------------------------------------------
+
+
+class Tolerance(NamedTuple):
+    """``|got - expected| <= absolute * max(1, scale) + relative * |expected|``; scale: the largest expected magnitude
+    for results that sum up terms, else 1."""
+
+    relative: float
+    absolute: float
+    scaled: bool = False
+
+
+TOLERANCES: dict[str, dict[torch.dtype, Tolerance]] = {
+    # one element of each operand in, one out: within a few units in the last place
+    "pointwise": {
+        torch.float64: Tolerance(1e-12, 1e-14),
+        torch.float32: Tolerance(4e-6, 1e-7),
+        torch.bfloat16: Tolerance(1.6e-2, 1e-5),
+        torch.float16: Tolerance(2e-3, 1e-5),
+    },
+    # sums of many terms: the error is relative to the terms, not to a sum that may cancel
+    "reduction": {
+        torch.float64: Tolerance(1e-10, 1e-11, True),
+        torch.float32: Tolerance(2e-5, 1e-6, True),
+        torch.bfloat16: Tolerance(1.6e-2, 1.6e-2, True),
+        torch.float16: Tolerance(3e-3, 3e-3, True),
+    },
+}
+"""By kind and dtype of the result; other dtypes must be equal."""
+
+
+def kind_of(op: OpOverload) -> str:
+    """The kind of tolerance for ``op``: pointwise if all its rules are."""
+    rules = [c.rule for c in registry.default.candidates(op)]
+    return "pointwise" if rules and all(r.family in ("pointwise", "copy") for r in rules) else "reduction"
+
+
+# -- comparison --------------------------------------------------------------------------------------------------------
+
+
+class Mismatch(AssertionError):
+    """A result that is wrong; the text names the tensor, the error and the coordinates."""
+
+
+def _close(got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> torch.Tensor:
+    """Elementwise closeness, computed in float64; NaN is close to NaN, infinities to themselves."""
+    finite = expected[expected.isfinite()].abs()
+    scale = max(1.0, float(finite.max())) if tolerance.scaled and finite.numel() else 1.0
+    near = (got - expected).abs() <= tolerance.absolute * scale + tolerance.relative * expected.abs()
+    return (near & expected.isfinite()) | (got == expected) | (got.isnan() & expected.isnan())
+
+
+def _coordinates(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
+    result = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        result.append(i)
+    return tuple(reversed(result))
+
+
+def compare_tensor(what: str, got: Any, native: Any, exact: Any, kind: str, *, values: bool = True, strides: bool = True) -> None:
+    """Check one result against PyTorch's and a float64 reference (or None).
+
+    Raises:
+        Mismatch: dtype, shape or strides differ, or a value is far from both.
+    """
+    if not isinstance(native, torch.Tensor):
+        if isinstance(native, float) and isinstance(got, float):
+            got, native = torch.tensor(got, dtype=torch.float64), torch.tensor(native, dtype=torch.float64)
+            compare_tensor(what, got, native, None, kind)
+        elif got != native:
+            raise Mismatch(f"{what}: {got!r}, PyTorch {native!r}")
+        return
+    if not isinstance(got, torch.Tensor):
+        raise Mismatch(f"{what}: {type(got).__name__}, PyTorch a tensor")
+    for name in ("dtype", "shape", "device", *(("stride",) if strides and native.layout == torch.strided else ())):
+        mine, theirs = getattr(got, name), getattr(native, name)
+        if name == "stride":
+            mine, theirs = mine(), theirs()
+        if mine != theirs:
+            raise Mismatch(f"{what}: {name} {tuple(mine) if name in ('shape', 'stride') else mine}, "
+                           f"PyTorch {tuple(theirs) if name in ('shape', 'stride') else theirs} (shape {tuple(native.shape)})")
+    if not values or not native.numel():
+        return
+    got, native = got.detach().resolve_conj().resolve_neg().cpu(), native.detach().resolve_conj().resolve_neg().cpu()
+    if native.dtype.is_complex:
+        got, native, exact = torch.view_as_real(got), torch.view_as_real(native), None
+    table = TOLERANCES[kind]
+    if native.dtype in table:
+        tolerance = table[native.dtype]
+        a, b = got.double(), native.double()
+        ok = _close(a, b, tolerance)
+        if isinstance(exact, torch.Tensor) and exact.shape == native.shape and exact.dtype == torch.float64:
+            exact = exact.detach().cpu()
+            ok |= _close(a, exact.to(native.dtype).double(), tolerance) | _close(a, exact, tolerance)
+        else:
+            exact = None
+    else:
+        a, b, exact = got, native, None
+        ok = got == native if not got.dtype.is_floating_point else (got == native) | (got.isnan() & native.isnan())
+    if bool(ok.all()):
+        return
+    bad = (~ok).flatten().nonzero().flatten()
+    at = int(bad[0])
+    text = f"{a.flatten()[at].item()}, PyTorch {b.flatten()[at].item()}"
+    if exact is not None:
+        text += f", float64 {exact.flatten()[at].item()}"
+    raise Mismatch(f"{what}: {len(bad)} of {ok.numel()} values wrong, the first at {list(_coordinates(at, ok.shape))}: {text} ({native.dtype})")
+
+
+def compare(what: str, got: Any, native: Any, exact: Any = None, kind: str = "reduction", *, values: bool = True) -> None:
+    """Check a call's results, in whatever nesting they come, against PyTorch's and a float64 reference."""
+    mine, theirs = tree_leaves(got), tree_leaves(native)
+    if len(mine) != len(theirs):
+        raise Mismatch(f"{what}: {len(mine)} results, PyTorch {len(theirs)}")
+    exacts = tree_leaves(exact) if exact is not None else []
+    if len(exacts) != len(theirs):
+        exacts = [None] * len(theirs)
+    for i, (a, b, e) in enumerate(zip(mine, theirs, exacts)):
+        compare_tensor(what if len(mine) == 1 else f"{what}, result {i}", a, b, e, kind, values=values)
+
+
+# -- references --------------------------------------------------------------------------------------------------------
+
+
+def in_float64(tree: Any) -> Any:
+    """``tree`` with every floating-point tensor in float64 on the reference's device; None if a dtype is asked for in it."""
+    leaves, spec = tree_flatten(tree)
+    if any(isinstance(x, (torch.dtype, torch.Generator)) or (isinstance(x, torch.Tensor) and x.is_complex()) for x in leaves):
+        return None
+    device = "cpu" if OPTIONS.ref == "cpu" else OPTIONS.device
+
+    def convert(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return torch.device(device) if isinstance(x, torch.device) else x
+        y = x.detach().to(device)
+        y = y.double() if y.is_floating_point() else y.clone()
+        return y.requires_grad_(x.requires_grad and y.is_floating_point())
+
+    return tree_unflatten([convert(x) for x in leaves], spec)
+
+
+def reference(function: Callable[..., Any], tree: Any) -> Any:
+    """``function(tree in float64)``, or None where PyTorch cannot."""
+    if not any(isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 for x in tree_leaves(tree)):
+        return None
+    converted = in_float64(tree)
+    if converted is None:
+        return None
+    try:
+        return quietly(function, converted)
+    except Exception:
+        return None
+
+
+def quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function`` from a fixed state of all random generators and without PyTorch's warnings."""
+    seed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="gemsmode: rule .* failed")
+        return function(*args)
+
+
+def seed(value: int = 0) -> None:
+    torch.manual_seed(value)
+    random.seed(value)
+    try:
+        import numpy
+    except ImportError:
+        return
+    numpy.random.seed(value)
+
+
+def own_memory(tree: Any, grad: bool = True) -> Any:
+    """A copy of ``tree`` whose tensors have memory of their own and the layout (strides, offset) of the originals.
+
+    ``grad=False``: none of them requires a gradient.
+    """
+    def copied(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        if x.layout != torch.strided or x.is_quantized:
+            return x.detach().clone().requires_grad_(grad and x.requires_grad)
+        y = x.detach()
+        storage = y.untyped_storage().clone()
+        y = torch.empty(0, dtype=y.dtype, device=y.device).set_(storage, x.storage_offset(), x.shape, x.stride())
+        y = torch._neg_view(y) if x.is_neg() else y
+        y = y.conj() if x.is_conj() else y
+        return y.requires_grad_(grad and x.requires_grad)
+
+    return tree_map(copied, tree)
+
+
+# -- counting interception ---------------------------------------------------------------------------------------------
+
+
+class Watcher:
+    """A recorder for ``GemsMode`` that keeps each call's op and decision."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Decision]] = []
+
+    def enter(self) -> None:
+        """The mode was entered."""
+
+    def leave(self, error: BaseException | None) -> None:
+        """The mode was left."""
+
+    def close(self) -> None:
+        """The mode ended."""
+
+    def begin(self, *args: Any) -> None:
+        return None
+
+    def end(self, token: Any, op: Any, decision: Decision, *args: Any) -> None:
+        self.calls.append((op, decision))
+
+
+class WatchedMode(gemsmode.GemsMode):
+    """A strict mode that can say, of the calls made under it, which ran a rule and why the others did not."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(strict=True, **options)
+        self.watcher = Watcher()
+        self.recorder = self.watcher  # type: ignore[assignment]
+        self._prepare()
+
+    def take(self) -> list[tuple[Any, Decision]]:
+        """The calls since the last ``take``."""
+        calls, self.watcher.calls = self.watcher.calls, []
+        return calls
+
+
+@functools.cache
+def watched() -> WatchedMode:
+    """The mode that the generated tests run under; decisions are kept from test to test."""
+    return WatchedMode()
+
+
+class Outcome(NamedTuple):
+    """What a function under the mode returned, and the calls it made."""
+
+    result: Any
+    calls: list[tuple[Any, Decision]]
+
+    def intercepted(self, ops: Iterable[OpOverload] | None = None) -> bool:
+        wanted = None if ops is None else set(ops)
+        return any(d.kind == "rule" and (wanted is None or op in wanted) for op, d in self.calls)
+
+
+def under_mode(function: Callable[..., Any], *args: Any) -> Outcome:
+    """Run ``function`` under the watched mode from a fixed random state, and count its calls."""
+    mode = watched()
+    mode.take()
+
+    def run() -> Any:
+        with mode:
+            return function(*args)
+
+    return Outcome(quietly(run), mode.take())
+
+
+@dataclasses.dataclass
+class Tally:
+    """Samples of one op: compared after a rule ran, or passed through, by reason."""
+
+    compared: int = 0
+    passed: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+TALLIES: dict[str, Tally] = defaultdict(Tally)
+"""By overload's short name; printed at the end of a run."""
+
+KERNELS: list[dict[str, Any]] = []
+"""Rows of ``test_compile``: what each kernel compiled to; printed at the end of a run."""
+
+
+def tally(calls: Iterable[tuple[Any, Decision]]) -> None:
+    """Count one sample for each op among ``calls`` that a rule may serve."""
+    by_op: dict[Any, list[Decision]] = defaultdict(list)
+    for op, decision in calls:
+        by_op[op].append(decision)
+    for op, decisions in by_op.items():
+        if isinstance(op, OpOverload) and op in served():
+            entry = TALLIES[short_name(op)]
+            if any(d.kind == "rule" for d in decisions):
+                entry.compared += 1
+            else:
+                entry.passed[decisions[0].reason or decisions[0].kind] += 1
+
+
+def reasons(ops: Iterable[OpOverload]) -> str:
+    """Why samples of ``ops`` passed through, in words."""
+    lines = []
+    for op in ops:
+        entry = TALLIES[short_name(op)]
+        why = "; ".join(f"{reason} ({count}x)" for reason, count in entry.passed.most_common(4))
+        lines.append(f"{short_name(op)}: {why or 'never called'}")
+    return "\n  ".join(lines)
+
+
+class Failures:
+    """Collects the failures of a test's samples, so that one run shows them all."""
+
+    def __init__(self, limit: int = 8) -> None:
+        self.texts: list[str] = []
+        self.limit = limit
+
+    def check(self, label: str, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception as error:
+            text = str(error).strip() or type(error).__name__
+            name = "" if isinstance(error, Mismatch) else f"{type(error).__name__}: "
+            self.texts.append(f"{label}: {name}{text[:600]}")
+
+    def done(self) -> None:
+        if self.texts:
+            more = f"\n... and {len(self.texts) - self.limit} more" if len(self.texts) > self.limit else ""
+            raise AssertionError(f"{len(self.texts)} samples failed\n" + "\n".join(self.texts[:self.limit]) + more)
+
+
+# -- what is served ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def served() -> dict[OpOverload, tuple[Candidate, ...]]:
+    """Every overload that a rule of gemsmode's own may serve."""
+    gemsmode.load_ops()
+    return registry.default.overloads()
+
+
+def bases() -> dict[OpOverload, None]:
+    """The overloads that rules were declared for, without derived ones."""
+    return {op: None for op, candidates in served().items() if any(c.variant is None for c in candidates)}
+
+
+def is_random(op: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+VALUES_NOT_COMPARED: dict[str, str] = {
+    "empty_like": "uninitialized memory", "new_empty": "uninitialized memory", "empty": "uninitialized memory",
+    "empty_strided": "uninitialized memory", "new_empty_strided": "uninitialized memory", "empty_permuted": "uninitialized memory",
+}
+"""Names of aten ops whose results cannot be compared by value, and why. Those that draw random numbers are known by
+their tag: where a rule serves one, its stream of numbers is its own and its tests compare distributions."""
+
+
+# -- OpInfo ------------------------------------------------------------------------------------------------------------
+
+EXACT_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (*FLOAT_DTYPES, *EXACT_DTYPES, torch.complex64)
+"""The dtypes that tests go through, where an OpInfo has them."""
+
+CAPS = {torch.float32: 8, torch.bfloat16: 5, torch.int64: 5, torch.bool: 4, torch.complex64: 1}
+DEFAULT_CAP = 3
+"""Samples of each op and dtype in a default run; ``--full`` takes all."""
+
+LARGEST = 1 << 14
+"""Elements of a sample's largest tensor in a default run."""
+
+
+@functools.cache
+def opinfos() -> dict[str, Any]:
+    """PyTorch's OpInfos by name, variant included."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    result: dict[str, Any] = {}
+    for info in op_db:
+        name = info.formatted_name
+        while name in result:
+            name += "_"
+        result[name] = info
+    return result
+
+
+def all_samples(info: Any, dtype: torch.dtype, grad: bool = False) -> Iterator[Any]:
+    """``info``'s sample inputs, from a fixed random state; ends early where the database itself fails."""
+    seed(zlib.crc32(info.formatted_name.encode()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield from info.sample_inputs(OPTIONS.device, dtype, requires_grad=grad)
+        except Exception:
+            return
+
+
+def elements(tree: Any) -> int:
+    return max((x.numel() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)), default=0)
+
+
+def thin(items: Sequence[Any], cap: int | None, size: Callable[[Any], int]) -> list[Any]:
+    """At most ``cap`` of ``items`` in a default run, spread evenly over those that are not large."""
+    if OPTIONS.full or cap is None:
+        return list(items)
+    small = [x for x in items if size(x) <= LARGEST]
+    if len(small) <= cap:
+        return small
+    return [small[i * len(small) // cap] for i in range(cap)]
+
+
+def samples(info: Any, dtype: torch.dtype, grad: bool = False, cap: int | None = None) -> list[Any]:
+    """The samples that this run takes of ``info`` in ``dtype``."""
+    limit = CAPS.get(dtype, DEFAULT_CAP) if cap is None else min(cap, CAPS.get(dtype, DEFAULT_CAP))
+    return thin(list(itertools.islice(all_samples(info, dtype, grad), 400)), limit, lambda s: elements((s.input, s.args, s.kwargs)))
+
+
+def dtypes_of(info: Any, grad: bool = False) -> list[torch.dtype]:
+    supported = info.supported_backward_dtypes(OPTIONS.device) if grad else info.supported_dtypes(OPTIONS.device)
+    wanted = DTYPES if not grad else FLOAT_DTYPES
+    if grad and not OPTIONS.full:
+        wanted = (torch.float32, torch.bfloat16)
+    return [d for d in wanted if d in supported]
+
+
+def scan_dtype(info: Any) -> torch.dtype | None:
+    supported = info.supported_dtypes(OPTIONS.device)
+    return next((d for d in (torch.float32, torch.int64, torch.bool) if d in supported), None)
+
+
+class _Names(TorchDispatchMode):
+    """Notes which ops are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+def differentiable(tree: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def gradients(outputs: Any, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The gradients of ``inputs`` for gradients of the outputs that are the same for every run and precision."""
+    outs = differentiable(outputs)
+    if not outs:
+        return ()
+    grads = []
+    for i, out in enumerate(outs):
+        steps = torch.arange(out.numel(), dtype=torch.float64, device=out.device).reshape(out.shape)
+        wave = torch.cos(steps * 0.7 + i) + 0.25
+        # Halves of small integers, which every dtype represents.
+        grads.append(((wave * 4).round() / 4).to(out.dtype) if not out.dtype.is_complex else (wave * 4).round().to(out.dtype) / 4)
+    return torch.autograd.grad(outs, inputs, grads, allow_unused=True)
+
+
+class Reach(NamedTuple):
+    """The aten ops that an OpInfo's calls arrive as: with autograd forward and backward, and under inference mode."""
+
+    forward: frozenset[Any]
+    backward: frozenset[Any]
+    inference: frozenset[Any]
+
+
+@functools.cache
+def reach() -> dict[str, Reach]:
+    """What each OpInfo reaches, found by running its first samples (about ten seconds)."""
+    table = {}
+    for name, info in opinfos().items():
+        dtype = scan_dtype(info)
+        if dtype is None:
+            continue
+        grad = bool(info.supports_autograd and dtype.is_floating_point)
+        forward, backward, inference = _Names(), _Names(), _Names()
+        for sample in itertools.islice(all_samples(info, dtype, grad), 6):
+            def call(s: Any = sample) -> Any:
+                return info(s.input, *s.args, **s.kwargs)
+
+            def both(s: Any = sample) -> None:
+                with forward:
+                    out = call()
+                inputs = differentiable((s.input, s.args, s.kwargs)) if grad else []
+                if inputs:
+                    with backward:
+                        gradients(out, inputs)
+
+            def infer() -> None:
+                with torch.inference_mode(), inference:
+                    call()
+
+            for part in (both, infer):
+                try:
+                    quietly(part)
+                except Exception:
+                    continue
+        table[name] = Reach(frozenset(forward.seen), frozenset(backward.seen), frozenset(inference.seen - forward.seen))
+    return table
+
+
+def _packet(op: Any) -> str:
+    return functional_name(op._schema.name.partition("::")[2]) if isinstance(op, OpOverload) else str(op)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An OpInfo to be run, and the served ops for whose sake it is run."""
+
+    name: str
+    targets: tuple[OpOverload, ...]
+
+    @property
+    def info(self) -> Any:
+        return opinfos()[self.name]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@functools.cache
+def cases(part: str) -> tuple[Case, ...]:
+    """The OpInfos to run for ``part`` of :class:`Reach`.
+
+    Those of the served ops themselves, and for a served op without one, the two that reach it with the fewest other
+    ops. ``--full`` runs every OpInfo that reaches any served op.
+    """
+    known = served()
+    hits = {name: frozenset(op for op in getattr(r, part) if op in known) for name, r in reach().items()}
+    hits = {name: ops for name, ops in hits.items() if ops}
+    chosen: dict[str, set[OpOverload]] = defaultdict(set)
+    covered: set[OpOverload] = set()
+    for name, ops in hits.items():
+        info = opinfos()[name]
+        own = {functional_name(n.rpartition(".")[2]).strip("_") for n in (info.name, info.aten_name)}
+        direct = {op for op in ops if _packet(op).strip("_") in own}
+        if part == "backward" and any(op in known and _packet(op).strip("_") in own for op in reach()[name].forward):
+            direct = set(ops)
+        if direct:
+            chosen[name] |= direct
+            covered |= direct
+    for op in sorted({op for ops in hits.values() for op in ops} - covered, key=str):
+        reaching = sorted((n for n in hits if op in hits[n]), key=lambda n: (len(getattr(reach()[n], part)), n))
+        for name in reaching[:2]:
+            chosen[name].add(op)
+    if OPTIONS.full:
+        for name, ops in hits.items():
+            chosen[name] |= ops
+    return tuple(Case(name, tuple(sorted(ops, key=str))) for name, ops in sorted(chosen.items()))
+
+
+# -- templates: calls of one aten op -----------------------------------------------------------------------------------
+
+
+class Template(NamedTuple):
+    """The arguments of one call, all of them in the order of the op's schema."""
+
+    args: tuple[Any, ...]
+    origin: str
+
+
+def in_order(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments of a call in the order of the schema, defaults filled in."""
+    result = []
+    for i, p in enumerate(parameters(op)):
+        result.append(args[i] if i < len(args) else kwargs.get(p.name, p.default))
+    return tuple(result)
+
+
+def call_op(op: OpOverload, args: Sequence[Any]) -> Any:
+    """Call ``op`` with all its arguments, given in order."""
+    declared = parameters(op)
+    positional = [a for p, a in zip(declared, args) if not p.kwarg_only]
+    return op(*positional, **{p.name: a for p, a in zip(declared, args) if p.kwarg_only})
+
+
+class _CallLog(TorchDispatchMode):
+    """Keeps copies of the arguments of calls of the ops that a rule may serve."""
+
+    def __init__(self, origin: str) -> None:
+        super().__init__()
+        self.calls: dict[Any, list[Template]] = defaultdict(list)
+        self.origin = origin
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in served() and not types and len(self.calls[func]) < 60:
+            plain = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if all(type(x) is torch.Tensor and x.layout == torch.strided for x in plain) and elements((args, kwargs)) <= 1 << 16:
+                self.calls[func].append(Template(own_memory(in_order(func, args, kwargs), grad=False), self.origin))
+        return func(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=256)
+def logged(name: str, dtype: torch.dtype) -> dict[Any, list[Template]]:
+    """The calls of served ops that the OpInfo ``name`` makes in ``dtype``, forward and backward."""
+    info = opinfos()[name]
+    if dtype not in info.supported_dtypes(OPTIONS.device):
+        return {}
+    grad = bool(info.supports_autograd and dtype in info.supported_backward_dtypes(OPTIONS.device))
+    log = _CallLog(name)
+    for sample in itertools.islice(all_samples(info, dtype, grad), 24):
+        def run(s: Any = sample) -> None:
+            with log:
+                out = info(s.input, *s.args, **s.kwargs)
+                inputs = differentiable((s.input, s.args, s.kwargs)) if grad else []
+                if inputs:
+                    gradients(out, inputs)
+            if name in {c.name for c in cases("inference")}:
+                with torch.inference_mode(), log:
+                    info(s.input, *s.args, **s.kwargs)
+
+        try:
+            quietly(run)
+        except Exception:
+            continue
+    return log.calls
+
+
+@functools.cache
+def _reaching() -> dict[Any, tuple[str, ...]]:
+    """For each op, the OpInfos whose calls arrive as it, the most direct first."""
+    table: dict[Any, list[str]] = defaultdict(list)
+    for name, r in reach().items():
+        for op in r.forward | r.backward | r.inference:
+            table[op].append(name)
+
+    def rank(op: Any, name: str) -> tuple[bool, int, str]:
+        own = opinfos()[name].aten_name.rpartition(".")[2]
+        return own != _packet(op), sum(map(len, reach()[name])), name
+
+    return {op: tuple(sorted(names, key=functools.partial(rank, op))) for op, names in table.items()}
+
+
+def _direct(op: OpOverload, dtype: torch.dtype) -> list[Template]:
+    result: list[Template] = []
+    for name in _reaching().get(op, ())[:3]:
+        result += logged(name, dtype).get(op, [])
+    return result
+
+
+def _to_base(variant: Variant, template: Template) -> Template:
+    return Template(tuple(template.args[i] for i in variant.order), template.origin)
+
+
+@functools.lru_cache(maxsize=512)
+def templates(op: OpOverload, dtype: torch.dtype) -> tuple[Template, ...]:
+    """Calls of ``op`` for samples of ``dtype``: its own, else made from calls of the ops it is a variant of or has as
+    variants, else (elementwise ops) from its schema."""
+    found = _direct(op, dtype)
+    if not found:
+        for candidate in served()[op]:
+            if candidate.variant is not None and (calls := _base_templates(candidate.variant.base, dtype)):
+                found = [t for call in calls if (t := as_variant(op, candidate.variant, call)) is not None]
+                break
+        else:
+            if any(c.variant is None for c in served()[op]):
+                found = list(_base_templates(op, dtype))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=512)
+def _base_templates(base: OpOverload, dtype: torch.dtype) -> tuple[Template, ...]:
+    found = _direct(base, dtype)
+    if not found:
+        for op in served():
+            if _packet(op) == _packet(base) and (variant := variant_of(op, base)) is not None and not variant.numbers:
+                found = [_to_base(variant, t) for t in _direct(op, dtype)]
+                if found:
+                    break
+    if not found and base in pointwise_bases():
+        found = [Template(args, "schema") for args in from_schema(base, dtype, (5, 7))]
+    return tuple(found)
+
+
+@functools.cache
+def pointwise_bases() -> dict[OpOverload, Any]:
+    """The overloads that pointwise declarations are for, with the declaration."""
+    served()
+    from gemsmode.ops.pointwise import declarations
+
+    return {registry.find_op(d.op): d for d in declarations}
+
+
+_NUMBERS = {"number": 2, "float": 0.5, "int": 1, "SymInt": 1, "bool": False, "str": "none"}
+
+
+def from_schema(op: OpOverload, dtype: torch.dtype, shape: tuple[int, ...]) -> list[tuple[Any, ...]]:
+    """A call of an elementwise ``op`` on tensors of ``shape``, other arguments at their defaults or at plain values."""
+    args: list[Any] = []
+    for i, p in enumerate(parameters(op)):
+        kind = p.type.removeprefix("Optional[").removesuffix("]")
+        if kind == "Tensor" and not (p.has_default and p.default is None):
+            args.append(tensor(shape, dtype, 17 * i))
+        elif p.has_default:
+            args.append(p.default)
+        elif kind in _NUMBERS:
+            args.append(None if p.type.startswith("Optional[") else _NUMBERS[kind])
+        else:
+            return []
+    return [tuple(args)]
+
+
+def tensor(shape: Sequence[int], dtype: torch.dtype, start: int = 0) -> torch.Tensor:
+    """A tensor with assorted values that are the same on every run."""
+    n = math.prod(shape)
+    steps = torch.arange(start, start + n, dtype=torch.float64)
+    values = torch.sin(steps * 1.7) * 3.3
+    if dtype == torch.bool:
+        values = (steps * 0.618) % 1 > 0.5
+    elif not dtype.is_floating_point and not dtype.is_complex:
+        values = (values * 4).round()
+        if dtype == torch.uint8:
+            values = values.abs()
+    return values.to(dtype).reshape(tuple(shape)).to(OPTIONS.device)
+
+
+def as_variant(op: OpOverload, variant: Variant, call: Template) -> Template | None:
+    """A call of ``op`` that means what ``call`` of its functional base means; None if there is none."""
+    base_args = own_memory(call.args)
+    args: list[Any] = [None] * len(parameters(op))
+    for base_position, position in enumerate(variant.order):
+        value = base_args[base_position]
+        if position in variant.numbers and isinstance(value, torch.Tensor):
+            if not value.numel() or value.dtype.is_complex:
+                return None
+            value = value.flatten()[0].item()
+        args[position] = value
+    for i, p in enumerate(parameters(op)):
+        if not p.is_out and i not in variant.order:
+            args[i] = p.default
+    outs = [i for i, p in enumerate(parameters(op)) if p.is_out]
+    if outs:
+        try:
+            results = quietly(call_op, variant.base, own_memory(call.args))
+        except Exception:
+            return None
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        for i, result in zip(outs, results):
+            if not isinstance(result, torch.Tensor):
+                return None
+            args[i] = torch.empty_like(result).fill_(1)
+    return Template(tuple(args), call.origin)
+
+
+def written(op: OpOverload) -> list[int]:
+    """Positions of the arguments that ``op`` writes to."""
+    return [i for i, p in enumerate(parameters(op)) if p.is_written or p.is_out]
+
+
+# -- running one call both ways ----------------------------------------------------------------------------------------
+
+
+def label(op: OpOverload, args: Sequence[Any]) -> str:
+    """``add.Tensor(float32[3, 4], 2)``."""
+    def text(a: Any) -> str:
+        if isinstance(a, torch.Tensor):
+            return str(gemsmode.TensorMeta.of(a))
+        if isinstance(a, (list, tuple)):
+            return "[" + ", ".join(map(text, a)) + "]"
+        return repr(a)
+
+    return f"{short_name(op)}({', '.join(map(text, args))})"
+
+
+def _values_matter(op: OpOverload) -> bool:
+    return not is_random(op) and _packet(op) not in VALUES_NOT_COMPARED
+
+
+def check_call(op: OpOverload, args: tuple[Any, ...], kind: str | None = None) -> bool:
+    """Run ``op`` on copies of ``args`` natively and under the mode and compare results and written arguments.
+
+    Where PyTorch raises, the mode must raise the same class of error.
+
+    Returns:
+        Whether a rule ran.
+    """
+    native_args, own_args = own_memory(args), own_memory(args)
+    kind = kind or kind_of(op)
+    where = label(op, args)
+    try:
+        expected = quietly(call_op, op, native_args)
+    except Exception as error:
+        try:
+            outcome = under_mode(call_op, op, own_args)
+        except Exception as mine:
+            if type(mine) is not type(error):
+                raise Mismatch(f"{where}: {type(mine).__name__}: {mine}; PyTorch raises {type(error).__name__}: {error}") from mine
+            return False
+        raise Mismatch(f"{where}: no error ({outcome.calls}); PyTorch raises {type(error).__name__}: {error}") from None
+    outcome = under_mode(call_op, op, own_args)
+    tally(outcome.calls)
+    positions = written(op)
+    exact = None
+    if not positions:
+        exact = reference(lambda a: call_op(op, a), args)
+    elif all(not p.is_out for p in parameters(op)):
+        exact = reference(lambda a: call_op(op, a), args)
+    values = _values_matter(op)
+    compare(where, outcome.result, expected, exact, kind, values=values)
+    if positions:
+        results = tree_leaves(outcome.result)
+        for i in positions:
+            mine, theirs = own_args[i], native_args[i]
+            for a, b in zip(tree_leaves(mine), tree_leaves(theirs)):
+                if not isinstance(b, torch.Tensor):
+                    continue
+                match = exact if exact is not None and len(positions) == 1 and isinstance(exact, torch.Tensor) else None
+                compare(f"{where}, argument {i}", a, b, match, kind, values=values)
+        if results and len(positions) == 1 and isinstance(own_args[positions[0]], torch.Tensor) and results[0] is not own_args[positions[0]]:
+            raise Mismatch(f"{where}: does not return the tensor it wrote to")
+    for i, (mine, before) in enumerate(zip(own_args, args)):
+        if i not in positions:
+            for a, b in zip(tree_leaves(mine), tree_leaves(before)):
+                if isinstance(b, torch.Tensor) and b.layout == torch.strided:
+                    unchanged(f"{where}: argument {i} was only to be read", a, b)
+    return outcome.intercepted([op])
+
+
+def memory(t: torch.Tensor) -> torch.Tensor:
+    """All bytes of the memory that ``t`` is a view of."""
+    storage = t.detach().untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def unchanged(what: str, after: torch.Tensor, before: torch.Tensor) -> None:
+    """Check that two tensors' whole memory is the same, bit for bit."""
+    if not torch.equal(memory(after), memory(before)):
+        raise Mismatch(f"{what}, and its memory changed")
+
+
+
+# -- tables at the end of a run ----------------------------------------------------------------------------------------
+
+
+def tally_table() -> list[str]:
+    """Samples compared and passed through, by family, and the ops whose samples all passed through."""
+    if not TALLIES:
+        return []
+    rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    never: list[str] = []
+    for name, entry in sorted(TALLIES.items()):
+        candidates = served().get(registry.find_op(f"aten.{name}" if name.split(".")[0] in registry.aten_overloads() else name), ())
+        row = rows[candidates[0].rule.family if candidates else "other"]
+        passed = sum(entry.passed.values())
+        for i, n in enumerate((1, int(entry.compared > 0), entry.compared, passed)):
+            row[i] += n
+        if not entry.compared:
+            why = entry.passed.most_common(1)[0][0] if entry.passed else "never called"
+            never.append(f"{name} ({why})")
+    lines = ["", "samples of each op under the mode: compared after a rule ran, or passed through",
+             f"  {'family':<14}{'overloads':>10}{'intercepted':>13}{'compared':>10}{'passed':>8}"]
+    total = [sum(column) for column in zip(*rows.values())]
+    for family, row in [*sorted(rows.items()), ("all", total)]:
+        lines.append(f"  {family:<14}{row[0]:>10}{row[1]:>13}{row[2]:>10}{row[3]:>8}")
+    if never:
+        lines.append(f"  only passed through: {', '.join(never[:40])}" + (f", and {len(never) - 40} more" if len(never) > 40 else ""))
+    if OPTIONS.full:
+        lines += [f"  {name:<50}{entry.compared:>8}{sum(entry.passed.values()):>8}" for name, entry in sorted(TALLIES.items())]
+    return lines
+
+
+def kernel_table() -> list[str]:
+    """What the kernels compiled to: per target and kernel the most registers and shared memory, and spills."""
+    if not KERNELS:
+        return []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in KERNELS:
+        groups[row["target"], row["kernel"]].append(row)
+    lines = ["", "kernels compiled for GPUs that are not present: the most that any of them needs",
+             f"  {'target':<12}{'kernel':<34}{'compiled':>9}{'registers':>11}{'shared':>9}{'spilling':>9}{'failed':>8}"]
+    for (target, kernel), rows in sorted(groups.items()):
+        good = [r for r in rows if not r["error"]]
+        registers = [r["registers"] for r in good if r["registers"] is not None]
+        lines.append(f"  {target:<12}{kernel:<34}{len(good):>9}{max(registers) if registers else '-':>11}"
+                     f"{max((r['shared'] for r in good), default=0):>9}{sum(bool(r['spilled']) for r in good):>9}{len(rows) - len(good):>8}")
+    return lines

@@ -1,0 +1,280 @@
+"""Every op that a rule serves, on PyTorch's own sample inputs: forward, backward, in-place, ``out=`` and every overload.
+
+Each test asserts that a rule ran: one whose samples all passed through to PyTorch would prove nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import harness
+import pytest
+import torch
+from harness import Case, Failures, cases, compare, dtypes_of, quietly, samples, served, tally, under_mode
+from torch._ops import OpOverload
+
+from gemsmode.registry import short_name
+
+UNREACHED: dict[str, str] = {
+}
+"""Overloads for which no call can be made from any OpInfo or from the schema, and where they are tested instead."""
+
+NEVER_INTERCEPTED: dict[str, str] = {
+}
+"""Overloads that a rule may serve by the schema but that no sample here can make it serve, and why."""
+
+
+def describe_sample(sample: Any) -> str:
+    parts = [sample.input, *sample.args, *(f"{k}={v}" for k, v in sample.kwargs.items())]
+    return ", ".join(str(harness.gemsmode.TensorMeta.of(p)) if isinstance(p, torch.Tensor) else str(p)[:60] for p in parts)
+
+
+def comparable(info: Any) -> bool:
+    """Whether the results are values that two runs share."""
+    ops = harness.reach()[info_name(info)]
+    drawn = any(isinstance(op, OpOverload) and harness.is_random(op) and op in served() for op in ops.forward | ops.inference)
+    return not drawn and info.name.rpartition(".")[2] not in harness.VALUES_NOT_COMPARED
+
+
+def info_name(info: Any) -> str:
+    return next(name for name, other in harness.opinfos().items() if other is info)
+
+
+def kind_for(case: Case) -> str:
+    own = [op for op in harness.reach()[case.name].forward if isinstance(op, OpOverload)]
+    return "pointwise" if len(own) <= 1 and all(harness.kind_of(op) == "pointwise" for op in case.targets) else "reduction"
+
+
+def finish(case: Case, failures: Failures, intercepted: int, ran: int) -> None:
+    failures.done()
+    if not ran:
+        pytest.skip("PyTorch itself runs none of these samples here")
+    assert intercepted, f"no sample was intercepted:\n  {harness.reasons(case.targets)}"
+
+
+def run_forward(case: Case, context: Any = torch.no_grad) -> None:
+    info, failures, intercepted, ran = case.info, Failures(), 0, 0
+    kind, values = kind_for(case), comparable(info)
+    for dtype in dtypes_of(info):
+        for sample in samples(info, dtype):
+            def call(tree: Any) -> Any:
+                given, args, kwargs = tree
+                with context():
+                    return info(given, *args, **kwargs)
+
+            tree = (sample.input, sample.args, sample.kwargs)
+            try:
+                expected = quietly(call, harness.own_memory(tree))
+            except Exception:
+                continue  # PyTorch has no implementation of this sample here
+            ran += 1
+
+            def check(tree: Any = tree, expected: Any = expected) -> None:
+                nonlocal intercepted
+                outcome = under_mode(call, harness.own_memory(tree))
+                intercepted += outcome.intercepted(case.targets)
+                tally(outcome.calls)
+                exact = harness.reference(call, tree) if values else None
+                compare("result", outcome.result, expected, exact, kind, values=values)
+
+            failures.check(f"{info.name}({describe_sample(sample)})", check)
+    finish(case, failures, intercepted, ran)
+
+
+@pytest.mark.parametrize("case", cases("forward"), ids=str)
+def test_forward(case: Case) -> None:
+    run_forward(case)
+
+
+@pytest.mark.parametrize("case", cases("inference"), ids=str)
+def test_inference_mode(case: Case) -> None:
+    run_forward(case, torch.inference_mode)
+
+
+@pytest.mark.parametrize("case", cases("backward"), ids=str)
+def test_backward(case: Case) -> None:
+    """Gradients through autograd, forward and backward under the mode."""
+    info, failures, intercepted, ran = case.info, Failures(), 0, 0
+    values = comparable(info)
+    for dtype in dtypes_of(info, grad=True):
+        for sample in samples(info, dtype, grad=True, cap=None if harness.OPTIONS.full else 4):
+            def gradients(tree: Any, process: Any = sample.output_process_fn_grad) -> Any:
+                given, args, kwargs = tree
+                out = process(info(given, *args, **kwargs))
+                return harness.gradients(out, harness.differentiable(tree))
+
+            tree = (sample.input, sample.args, sample.kwargs)
+            if not harness.differentiable(tree):
+                continue
+            try:
+                expected = quietly(gradients, harness.own_memory(tree))
+            except Exception:
+                continue
+            ran += 1
+
+            def check(tree: Any = tree, expected: Any = expected, gradients: Any = gradients) -> None:
+                nonlocal intercepted
+                outcome = under_mode(gradients, harness.own_memory(tree))
+                intercepted += outcome.intercepted(case.targets)
+                tally(outcome.calls)
+                exact = harness.reference(gradients, tree) if values else None
+                compare("gradient", outcome.result, expected, exact, "reduction", values=values)
+
+            failures.check(f"{info.name}({describe_sample(sample)})", check)
+    finish(case, failures, intercepted, ran)
+
+
+@pytest.mark.parametrize("case", [c for c in cases("forward") if c.info.inplace_variant is not None], ids=str)
+def test_inplace(case: Case) -> None:
+    """``x.op_(...)``: the same object comes back, with PyTorch's values; what PyTorch rejects stays rejected."""
+    info, failures, ran = case.info, Failures(), 0
+    variant, kind, values = info.inplace_variant, kind_for(case), comparable(info)
+    for dtype in dtypes_of(info):
+        for sample in samples(info, dtype, cap=None if harness.OPTIONS.full else 4):
+            def call(tree: Any) -> Any:
+                given, args, kwargs = tree
+                with torch.no_grad():
+                    return variant(given, *args, **kwargs)
+
+            tree = (sample.input, sample.args, sample.kwargs)
+            error: Exception | None = None
+            expected: Any = None
+            theirs = harness.own_memory(tree)
+            try:
+                expected = quietly(call, theirs)
+            except Exception as raised:
+                error = raised
+            ran += 1
+            wrote = theirs[0]._version
+
+            def check(tree: Any = tree, expected: Any = expected, error: Exception | None = error, wrote: int = wrote) -> None:
+                mine = harness.own_memory(tree)
+                if error is not None:
+                    with pytest.raises(type(error)):
+                        under_mode(call, mine)
+                    return
+                outcome = under_mode(call, mine)
+                tally(outcome.calls)
+                assert outcome.result is mine[0], "another tensor came back"
+                assert bool(mine[0]._version) == bool(wrote), f"the version counter is at {mine[0]._version}, PyTorch's at {wrote}"
+                exact = harness.reference(call, tree) if values else None
+                compare("result", outcome.result, expected, exact, kind, values=values)
+
+            failures.check(f"{info.name}_({describe_sample(sample)})", check)
+    failures.done()
+    if not ran:
+        pytest.skip("no samples")
+
+
+@pytest.mark.parametrize("case", [c for c in cases("forward") if c.info.supports_out], ids=str)
+def test_out(case: Case) -> None:
+    """``out=``: of the right layout, empty (PyTorch resizes it), with other strides, and of another dtype."""
+    info, failures, ran = case.info, Failures(), 0
+    kind, values = kind_for(case), comparable(info)
+    dtypes = dtypes_of(info)
+    if not harness.OPTIONS.full:
+        dtypes = [d for d in dtypes if d in (torch.float32, torch.bfloat16, torch.int64, torch.bool)]
+    for dtype in dtypes:
+        for number, sample in enumerate(samples(info, dtype, cap=None if harness.OPTIONS.full else 4)):
+            tree = (sample.input, sample.args, sample.kwargs)
+
+            def plain(tree: Any) -> Any:
+                given, args, kwargs = tree
+                with torch.no_grad():
+                    return info(given, *args, **kwargs)
+
+            try:
+                results = quietly(plain, harness.own_memory(tree))
+            except Exception:
+                continue
+            if not isinstance(results, torch.Tensor) and not (isinstance(results, tuple) and all(isinstance(r, torch.Tensor) for r in results)):
+                continue
+            for way in WAYS if harness.OPTIONS.full else (WAYS[0], WAYS[1 + number % (len(WAYS) - 1)]):
+                def call(tree: Any, way: Any = way, results: Any = results) -> Any:
+                    given, args, kwargs = tree
+                    out = way(results) if isinstance(results, torch.Tensor) else tuple(way(r) for r in results)
+                    with torch.no_grad():
+                        returned = info(given, *args, **kwargs, out=out)
+                    return returned, out
+
+                error: Exception | None = None
+                expected: Any = None
+                try:
+                    expected = quietly(call, harness.own_memory(tree))
+                except Exception as raised:
+                    error = raised
+                ran += 1
+
+                def check(tree: Any = tree, call: Any = call, expected: Any = expected, error: Any = error, results: Any = results) -> None:
+                    if error is not None:
+                        with pytest.raises(type(error)):
+                            under_mode(call, harness.own_memory(tree))
+                        return
+                    outcome = under_mode(call, harness.own_memory(tree))
+                    tally(outcome.calls)
+                    # A wider out= may show more of the result than its own dtype has; that is no error.
+                    narrow = [r.dtype for r in harness.tree_leaves(results)]
+                    for part, got, wanted in zip(("result", "out"), outcome.result, expected):
+                        for a, b, dtype in zip(harness.tree_leaves(got), harness.tree_leaves(wanted), narrow):
+                            compare_out(part, a, b, dtype, kind, values)
+
+                failures.check(f"{info.name}({describe_sample(sample)}, out={way.__name__})", check)
+    failures.done()
+    if not ran:
+        pytest.skip("no samples")
+
+
+def compare_out(part: str, got: torch.Tensor, native: torch.Tensor, dtype: torch.dtype, kind: str, values: bool) -> None:
+    compare(part, got, native, None, kind, values=False)
+    if values and native.dtype == torch.float64 and dtype.is_floating_point:
+        compare(part, got.to(dtype), native.to(dtype), None, kind)
+    elif values:
+        compare(part, got, native, None, kind)
+
+
+def same(result: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device).fill_(1)
+
+
+def empty(result: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=result.dtype, device=result.device)
+
+
+def gapped(result: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((*result.shape, 3), dtype=result.dtype, device=result.device)[..., 1]
+
+
+def wider(result: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(result.shape, dtype=torch.promote_types(result.dtype, torch.float64), device=result.device)
+
+
+def narrower(result: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(result.shape, dtype=torch.int32, device=result.device)
+
+
+WAYS = (same, gapped, empty, wider, narrower)
+
+
+TEMPLATE_DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64, torch.float16, torch.int32, torch.uint8)
+
+
+@pytest.mark.parametrize("op", sorted(served(), key=str), ids=short_name)
+def test_overload(op: OpOverload) -> None:
+    """Each overload called by itself: those that OpInfos reach and those that are derived from them."""
+    failures, intercepted, ran = Failures(), 0, 0
+    for dtype in TEMPLATE_DTYPES if harness.OPTIONS.full else TEMPLATE_DTYPES[:4]:
+        for template in harness.thin(harness.templates(op, dtype), 3, lambda t: harness.elements(t.args)):
+            ran += 1
+
+            def check(template: Any = template) -> None:
+                nonlocal intercepted
+                intercepted += harness.check_call(op, template.args)
+
+            failures.check(template.origin, check)
+    failures.done()
+    name = short_name(op)
+    if not ran:
+        assert name in UNREACHED, "no OpInfo reaches this overload and none could be made from its schema"
+        pytest.skip(UNREACHED[name])
+    if name not in NEVER_INTERCEPTED:
+        assert intercepted, f"no call was intercepted:\n  {harness.reasons([op])}"
