@@ -395,7 +395,8 @@ def _strided(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], i
         programs = -(-sizes[0] // tile.x) * -(-sizes[y] // tile.y)
         for d in rest:
             programs *= sizes[d]
-        if programs < 2**31:
+        # In the interpreter the number of programs is all that counts.
+        if programs < 2**31 and not (target.interpreted and programs > -(-n // _INTERPRETED_BLOCK)):
             steps = [(s[0], s[y], *[stride(s[d]) for d in rest]) for s in loops.strides]
             return Launch(tiled_kernel, (programs, 1, 1),
                           (outs, ins, extent(sizes[0]), extent(sizes[y]) if transposed else Size(sizes[y]),
