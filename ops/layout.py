@@ -123,8 +123,8 @@ def output_strides(shape: tuple[int, ...], inputs: Sequence[TensorMeta], has_num
         if all(m.stride == first for m in inputs) and is_dense(shape, first):
             return first
     expanded = [broadcast_strides(m, shape) for m in inputs if m.shape]
-    if len(expanded) == 1 and _matches(shape, expanded[0], contiguous_strides(shape)):
-        return contiguous_strides(shape)
+    if len(expanded) == 1 and expanded[0] == contiguous_strides(shape) and 0 not in shape:
+        return expanded[0]
     order = stride_order(shape, expanded)
     strides, step = [0] * len(shape), 1
     for d in order:

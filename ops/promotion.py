@@ -44,7 +44,8 @@ def item(operand: Any) -> Item:
 
 
 def _number_dtype(cls: type, default: torch.dtype) -> torch.dtype:
-    return {bool: torch.bool, int: torch.int64, float: default}.get(cls, torch.complex64)
+    complex_default = torch.complex128 if default == torch.float64 else torch.complex64
+    return {bool: torch.bool, int: torch.int64, float: default}.get(cls, complex_default)
 
 
 def _combine(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dtype | None:

@@ -10,6 +10,7 @@ reference: being more exact than PyTorch is no error, being far from both is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -161,7 +162,8 @@ def compare_tensor(what: str, got: Any, native: Any, exact: Any, kind: str, *, v
     text = f"{a.flatten()[at].item()}, PyTorch {b.flatten()[at].item()}"
     if exact is not None:
         text += f", float64 {exact.flatten()[at].item()}"
-    raise Mismatch(f"{what}: {len(bad)} of {ok.numel()} values wrong, the first at {list(_coordinates(at, ok.shape))}: {text} ({native.dtype})")
+    where = list(_coordinates(at, ok.shape))
+    raise Mismatch(f"{what}: {len(bad)} of {ok.numel()} values wrong, the first at {where}: {text} ({native.dtype})")
 
 
 def compare(what: str, got: Any, native: Any, exact: Any = None, kind: str = "reduction", *, values: bool = True) -> None:
@@ -518,36 +520,33 @@ class Reach(NamedTuple):
 @functools.cache
 def reach() -> dict[str, Reach]:
     """What each OpInfo reaches, found by running its first samples (about ten seconds)."""
-    table = {}
-    for name, info in opinfos().items():
-        dtype = scan_dtype(info)
-        if dtype is None:
-            continue
-        grad = bool(info.supports_autograd and dtype.is_floating_point)
-        forward, backward, inference = _Names(), _Names(), _Names()
-        for sample in itertools.islice(all_samples(info, dtype, grad), 6):
-            def call(s: Any = sample) -> Any:
-                return info(s.input, *s.args, **s.kwargs)
+    return {name: found for name, info in opinfos().items() if (found := _reach_of(info)) is not None}
 
-            def both(s: Any = sample) -> None:
-                with forward:
-                    out = call()
-                inputs = differentiable((s.input, s.args, s.kwargs)) if grad else []
-                if inputs:
-                    with backward:
-                        gradients(out, inputs)
 
-            def infer() -> None:
-                with torch.inference_mode(), inference:
-                    call()
+def _reach_of(info: Any) -> Reach | None:
+    dtype = scan_dtype(info)
+    if dtype is None:
+        return None
+    grad = bool(info.supports_autograd and dtype.is_floating_point)
+    forward, backward, inference = _Names(), _Names(), _Names()
 
-            for part in (both, infer):
-                try:
-                    quietly(part)
-                except Exception:
-                    continue
-        table[name] = Reach(frozenset(forward.seen), frozenset(backward.seen), frozenset(inference.seen - forward.seen))
-    return table
+    def with_autograd(sample: Any) -> None:
+        with forward:
+            out = info(sample.input, *sample.args, **sample.kwargs)
+        inputs = differentiable((sample.input, sample.args, sample.kwargs)) if grad else []
+        if inputs:
+            with backward:
+                gradients(out, inputs)
+
+    def without(sample: Any) -> None:
+        with torch.inference_mode(), inference:
+            info(sample.input, *sample.args, **sample.kwargs)
+
+    for sample in itertools.islice(all_samples(info, dtype, grad), 6):
+        for part in (with_autograd, without):
+            with contextlib.suppress(Exception):
+                quietly(part, sample)
+    return Reach(frozenset(forward.seen), frozenset(backward.seen), frozenset(inference.seen - forward.seen))
 
 
 def _packet(op: Any) -> str:
@@ -843,9 +842,7 @@ def check_call(op: OpOverload, args: tuple[Any, ...], kind: str | None = None) -
     tally(outcome.calls)
     positions = written(op)
     exact = None
-    if not positions:
-        exact = reference(lambda a: call_op(op, a), args)
-    elif all(not p.is_out for p in parameters(op)):
+    if not any(p.is_out for p in parameters(op)):
         exact = reference(lambda a: call_op(op, a), args)
     values = _values_matter(op)
     compare(where, outcome.result, expected, exact, kind, values=values)
@@ -858,7 +855,8 @@ def check_call(op: OpOverload, args: tuple[Any, ...], kind: str | None = None) -
                     continue
                 match = exact if exact is not None and len(positions) == 1 and isinstance(exact, torch.Tensor) else None
                 compare(f"{where}, argument {i}", a, b, match, kind, values=values)
-        if results and len(positions) == 1 and isinstance(own_args[positions[0]], torch.Tensor) and results[0] is not own_args[positions[0]]:
+        target = own_args[positions[0]]
+        if results and len(positions) == 1 and isinstance(target, torch.Tensor) and results[0] is not target:
             raise Mismatch(f"{where}: does not return the tensor it wrote to")
     for i, (mine, before) in enumerate(zip(own_args, args)):
         if i not in positions:
@@ -923,6 +921,7 @@ def kernel_table() -> list[str]:
     for (target, kernel), rows in sorted(groups.items()):
         good = [r for r in rows if not r["error"]]
         registers = [r["registers"] for r in good if r["registers"] is not None]
-        lines.append(f"  {target:<12}{kernel:<34}{len(good):>9}{max(registers) if registers else '-':>11}"
-                     f"{max((r['shared'] for r in good), default=0):>9}{sum(bool(r['spilled']) for r in good):>9}{len(rows) - len(good):>8}")
+        most, shared = max(registers) if registers else "-", max((r["shared"] for r in good), default=0)
+        spilling = sum(bool(r["spilled"]) for r in good)
+        lines.append(f"  {target:<12}{kernel:<34}{len(good):>9}{most:>11}{shared:>9}{spilling:>9}{len(rows) - len(good):>8}")
     return lines

@@ -187,7 +187,8 @@ def test_out(case: Case) -> None:
                 results = quietly(plain, harness.own_memory(tree))
             except Exception:
                 continue
-            if not isinstance(results, torch.Tensor) and not (isinstance(results, tuple) and all(isinstance(r, torch.Tensor) for r in results)):
+            several = isinstance(results, tuple) and all(isinstance(r, torch.Tensor) for r in results)
+            if not isinstance(results, torch.Tensor) and not several:
                 continue
             for way in WAYS if harness.OPTIONS.full else (WAYS[0], WAYS[1 + number % (len(WAYS) - 1)]):
                 def call(tree: Any, way: Any = way, results: Any = results) -> Any:
