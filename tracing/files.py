@@ -25,6 +25,18 @@ def is_report(path: Path) -> bool:
     return not head or MARKER.encode() in head
 
 
+def check(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Whether :func:`write` would refuse, found out beforehand; raises as it would."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; name a file in it")
+    if target.is_file() and not overwrite and not is_report(target):
+        raise NotAReportError(f"{target} exists and is not a gemsmode report; choose another name, or overwrite=True (--force) to replace it")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} to")
+    return target
+
+
 def write(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> Path:
     """Write ``text``, a report, to ``path``.
 
@@ -37,16 +49,11 @@ def write(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> P
         NotAReportError: a file that is not a report is there and ``overwrite`` is not set.
         OSError: it cannot be written.
     """
-    target = Path(path)
-    if target.exists() and not overwrite and (not target.is_file() or not is_report(target)):
-        raise NotAReportError(f"{target} exists and is not a gemsmode report; choose another name, or overwrite=True (--force) to replace it")
+    target = check(path, overwrite)
     if target.exists() and not target.is_file():  # /dev/stdout and the like
-        target.write_text(text)
+        target.write_text(text, encoding="utf-8")
         return target
-    folder = target.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder} to write {target.name} to")
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

@@ -111,7 +111,7 @@ class ModuleTracker:
     def _enter_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self.here().push(id(optimizer), f"{type(optimizer).__name__}.step", "optimizer")
+        self.here().push(id(optimizer), type(optimizer).__name__, "optimizer")
 
     def _leave_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():

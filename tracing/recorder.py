@@ -20,6 +20,7 @@ import triton
 from torch._C._autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
+from torch.utils._dtype_abbrs import dtype_abbrs
 
 from gemsmode.handlers import Decision
 from gemsmode.target import Target
@@ -69,8 +70,8 @@ def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             found.append((arg.dtype, arg.shape))
-        elif arg.__class__ in (list, tuple) and arg and isinstance(arg[-1], torch.Tensor):
-            found.append((len(arg), *[(t.dtype, t.shape) for t in arg[:LISTED] if t is not None]))
+        elif arg.__class__ in (list, tuple) and arg and (isinstance(arg[0], torch.Tensor) or isinstance(arg[-1], torch.Tensor)):
+            found.append((len(arg), *[None if t is None else (t.dtype, t.shape) for t in arg[:LISTED]]))
     return tuple(found)
 
 
@@ -92,13 +93,16 @@ def _text(shapes: tuple[Any, ...] | None) -> tuple[tuple[str, ...], tuple[str, .
     for item in shapes:
         listed = item.__class__ is tuple and item[0].__class__ is int
         parts = []
-        for dtype, shape in item[1:] if listed else (item,):
-            name = str(dtype).removeprefix("torch.")
-            dtypes.append(name)
-            parts.append(f"{name}{list(shape)}")
+        for part in item[1:] if listed else (item,):
+            if part is None:
+                parts.append("None")
+                continue
+            dtype, shape = part
+            dtypes.append(str(dtype).removeprefix("torch."))
+            parts.append(f"{dtype_abbrs.get(dtype, dtypes[-1])}[{','.join(map(str, shape))}]")
         if listed:
-            more = ", ..." if item[0] > len(parts) else ""
-            texts.append(f"({', '.join(parts)}{more})" + (f"x{item[0]}" if more else ""))
+            more = ",..." if item[0] > len(parts) else ""
+            texts.append(f"[{','.join(parts)}{more}]" + (f"x{item[0]}" if more else ""))
         else:
             texts += parts
     return tuple(texts), tuple(dict.fromkeys(dtypes))

@@ -45,9 +45,9 @@ class Record:
         decision: ``"rule"``, ``"pass"``, ``"view"`` or ``"error"``.
         rule: the rule's name for ``"rule"`` and ``"error"``.
         reason: why no rule ran.
-        inputs: the tensor arguments, ``float32[2, 3]``; a list is ``(float32[2], ...)x300``.
+        inputs: the tensor arguments, as ``gemsmode explain`` takes them: ``f32[2,3]``; a list is ``[f32[2],...]x300``.
         dtypes: their dtypes, each once.
-        module: path of the ``nn.Module``, or ``AdamW.step``; empty outside modules.
+        module: path of the ``nn.Module``, or the optimizer (``AdamW``); empty outside modules.
         phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
         calls: how many.
         host_s: seconds from the call's start to its return.

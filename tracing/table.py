@@ -25,6 +25,11 @@ def seconds(value: float) -> str:
     return f"{value / 1e-6:.3g} us" if value else "0"
 
 
+def short(overload: str) -> str:
+    """``add.Tensor`` for ``aten.add.Tensor``, ``mm`` for ``aten.mm.default``."""
+    return overload.removeprefix("aten.").removesuffix(".default")
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
@@ -48,10 +53,15 @@ def plain(renderable: Any, width: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
 
 
+def clip(text: str, length: int = 48) -> str:
+    """``text``, cut to ``length``."""
+    return text if len(text) <= length else text[:length - 1] + "…"
+
+
 def _table(*columns: str, wide: Sequence[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for name in columns:
-        number = name in ("calls", "time", "share", "replaced", "host")
+        number = name in ("calls", "time", "share", "replaced", "shapes")
         table.add_column(name, justify="right" if number else "left", no_wrap=name not in wide, overflow="ellipsis" if name not in wide else "fold")
     return table
 
@@ -75,7 +85,10 @@ def headline(report: Report) -> list[str]:
     environment = report.environment
     where = f" on {environment['device']}, torch {environment['torch']}" if "device" in environment and "torch" in environment else ""
     lines = [f"{_count(report.calls, 'call')}, {compute:,} of them compute, in {seconds(report.wall_s)}{where}"]
-    if compute:
+    if compute and environment.get("interpreter"):
+        c = report.coverage
+        lines.append(f"coverage of compute: {percent(c.calls)} of calls, {percent(c.bytes)} of bytes")
+    elif compute:
         c = report.coverage
         kind = "device time" if environment.get("timing") == "device" else "time"
         lines.append(f"coverage of compute: {percent(c.calls)} of calls, {percent(c.time)} of {kind}, {percent(c.bytes)} of bytes")
@@ -100,7 +113,7 @@ def render(report: Report, by: str = "overload", limit: int = LIMIT) -> Any:
         parts += build(report, rows_by, limit, total)
     views = report.rows("overload", ["view"])
     if views:
-        names = ", ".join(f"{row.label[0].removeprefix('aten.').removesuffix('.default')} {row.calls}"
+        names = ", ".join(f"{short(row.label[0])} {row.calls}"
                           for row in sorted(views, key=lambda r: (-r.calls, r.label))[:6])
         calls = sum(r.calls for r in views)
         parts += [Text(), Text.assemble(("Views, allocations, metadata", "bold"),
@@ -114,9 +127,7 @@ def render(report: Report, by: str = "overload", limit: int = LIMIT) -> Any:
 
 
 def _named(row: Row, by: str) -> list[str]:
-    if by == "shape":
-        return [row.label[0], row.label[1]]
-    return [row.label[0]]
+    return [short(row.label[0]), row.label[1]] if by == "shape" else [short(row.label[0])]
 
 
 def _replaced(report: Report, by: str, limit: int, total: float) -> list[Any]:
@@ -137,12 +148,12 @@ def _passed(report: Report, by: str, limit: int, total: float) -> list[Any]:
     rows = report.rows(by, ["pass"])
     if not rows:
         return []
-    table = _table("op" if by == "op" else "overload", "calls", "time", "share", "why", "most often", wide=("why", "most often"))
+    table = _table("op" if by == "op" else "overload", "calls", "time", "share", "why", "shapes", "most often", wide=("why",))
     for row in rows[:limit]:
         reasons = "; ".join(dict.fromkeys(r.reason or "" for r in row.records))
         often = row.label[1] if by == "shape" else row.usual_shapes[0]
-        others = f" (+{len(row.shapes) - 1} more)" if len(row.shapes) > 1 else ""
-        table.add_row(row.label[0], f"{row.calls:,}", seconds(row.time_s), percent(row.time_s / total), reasons, often + others)
+        table.add_row(short(row.label[0]), f"{row.calls:,}", seconds(row.time_s), percent(row.time_s / total), reasons,
+                      str(len(row.shapes)), clip(often))
     return [Text(), Text.assemble(("What to write next", "bold yellow"), f": passed through to PyTorch, {_sum(rows)}"), table, *_more(rows, limit)]
 
 
@@ -152,7 +163,7 @@ def _failed(report: Report, by: str, limit: int, total: float) -> list[Any]:
         return []
     table = _table("overload", "rule", "calls", "error", wide=("error",))
     for row in rows[:limit]:
-        table.add_row(row.label[0], ", ".join(dict.fromkeys(r.rule or "" for r in row.records)), f"{row.calls:,}",
+        table.add_row(short(row.label[0]), ", ".join(dict.fromkeys(r.rule or "" for r in row.records)), f"{row.calls:,}",
                       "; ".join(dict.fromkeys(r.reason or "" for r in row.records)))
     return [Text(), Text.assemble(("Failed", "bold red"), f", PyTorch's own ran instead: {_sum(rows)}"), table, *_more(rows, limit)]
 
@@ -187,5 +198,5 @@ def difference(diff: Difference, limit: int = LIMIT) -> Any:
         change = f"{'+' if delta >= 0 else '-'}{seconds(abs(delta))}"
         if c.time_before and c.time_after:
             change += f" ({c.time_after / c.time_before:.2f}x)"
-        table.add_row(c.overload, decision, calls, f"{seconds(c.time_before)} -> {seconds(c.time_after)}", change)
+        table.add_row(short(c.overload), decision, calls, f"{seconds(c.time_before)} -> {seconds(c.time_after)}", change)
     return Group(*parts, Text(), table, *_more(changed, limit))

@@ -1,0 +1,7 @@
+"""``python -m gemsmode``."""
+
+import sys
+
+from gemsmode.cli import main
+
+sys.exit(main())
