@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from gemsmode import plan as plans_module
 from gemsmode.errors import RuleFailedError
 from gemsmode.native import computes, is_composite, native, native_in_order
-from gemsmode.plan import Arg, At, Decline, Disjoint, Into, Launch, Num, Out, Plan
+from gemsmode.plan import Arg, At, Decline, Disjoint, Into, Num, Out, Plan
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Candidate, Registry, short_name
 from gemsmode.selectors import Selection, Selector
@@ -115,7 +115,7 @@ def _rewrite(plan: Plan, order: Sequence[int], replaced: dict[int, Arg], into: S
 
     metas = {to(ref): meta for ref, meta in plan.metas.items()}
     metas.update(extra_metas)
-    steps = tuple(Launch(s.kernel, s.grid, _map_refs(s.args, to), s.constants, s.num_warps, s.num_stages) for s in plan.launches)
+    steps = tuple(s._replace(args=_map_refs(s.args, to)) for s in plan.launches)
     allocs = tuple(a for i, a in enumerate(plan.allocs) if i not in replaced)
     return plan._replace(allocs=allocs, launches=steps, metas=metas, disjoint=disjoint,
                          returns=_map_refs(plan.returns, to) if returns is None else returns)
@@ -487,6 +487,8 @@ class OpHandler:
             for out, result in zip(outs, results):
                 if out.shape != result.shape:
                     _resize_output(out, result.shape)
+                    if out.stride() != result.stride() and TensorMeta.of(result).extent == result.numel():
+                        out.as_strided_(result.shape, result.stride())
                 out.copy_(result)
             return outs[0] if len(outs) == 1 else tuple(outs)
 
@@ -512,6 +514,18 @@ class OpHandler:
         except Exception as error:
             raise _FromPyTorch(error) from None
 
+    def _is_invalid(self, args: tuple[Any, ...]) -> bool:
+        """Whether PyTorch rejects the call: tried on copies, since it may write."""
+
+        def copied(arg: Any) -> Any:
+            return [copied(a) for a in arg] if arg.__class__ in (list, tuple) else arg.clone() if isinstance(arg, torch.Tensor) else arg
+
+        try:
+            native_in_order(self.op)(*map(copied, args))
+        except Exception:
+            return True
+        return False
+
     def _failed(self, error: Exception, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """``run`` raised ``error`` on ``args``: PyTorch's own errors go on; a rule's failure is fallen back from."""
         if isinstance(error, _FromPyTorch):
@@ -527,11 +541,15 @@ class OpHandler:
             return self._passing(exotic).run(*args)
         if isinstance(error, torch.OutOfMemoryError):
             return native_in_order(self.op)(*args)
+        if self.policy.strict and self.op._schema.is_mutable and not self._is_invalid(args):
+            self._fall_back(decided.decision.rule or "", error)  # raises, before anything is written
+        # A call that PyTorch rejects too is no fault of the rule's: the user sees PyTorch's own error.
+        result = native_in_order(self.op)(*args)
         fallen = self._fall_back(decided.decision.rule or "", error, decided.decision.considered)
         with self._lock:
             self.decided[key] = fallen
             self._plans[key] = fallen.run
-        return fallen.run(*args)
+        return result
 
 
 class _FromPyTorch(Exception):

@@ -66,6 +66,7 @@ class Spec(NamedTuple):
         constants: pairs of parameter name and value for the constexpr parameters.
         num_warps: warps a program.
         num_stages: software pipelining depth.
+        asserts: whether ``tl.device_assert`` in the kernel is compiled in.
     """
 
     kernel: Any
@@ -73,6 +74,7 @@ class Spec(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     num_warps: int = 4
     num_stages: int = 2
+    asserts: bool = False
 
 
 def integer_type(value: int, specialize: bool = True) -> str:
@@ -145,6 +147,8 @@ def compile(spec: Spec, target: Target, device: int = 0) -> Any:
             compiled = _compiled.get(key)
             if compiled is None:
                 options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+                if spec.asserts:
+                    options |= {"debug": True, "sanitize_overflow": False}
                 compiled = triton.compile(source(spec), target=target.triton, options=options)
                 if target.present:
                     with torch.cuda.device(device) if target.device_type == "cuda" else torch.xpu.device(device):

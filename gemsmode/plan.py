@@ -121,6 +121,7 @@ class Launch(NamedTuple):
         constants: pairs of constexpr parameter and value.
         num_warps: warps a program.
         num_stages: software pipelining depth.
+        asserts: whether the kernel's ``tl.device_assert`` are to hold (Triton leaves them out otherwise).
     """
 
     kernel: Any
@@ -129,6 +130,7 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     num_warps: int = 4
     num_stages: int = 2
+    asserts: bool = False
 
 
 class Plan(NamedTuple):
@@ -198,7 +200,7 @@ def _types(plan: Plan, args: tuple[Any, ...], aligned: bool) -> tuple[Any, ...]:
 
 def specs(plan: Plan, aligned: bool = True) -> list[Spec]:
     """What each launch of ``plan`` has to be compiled for."""
-    return [Spec(step.kernel, _types(plan, step.args, aligned), step.constants, step.num_warps, step.num_stages)
+    return [Spec(step.kernel, _types(plan, step.args, aligned), step.constants, step.num_warps, step.num_stages, step.asserts)
             for step in plan.launches]
 
 
@@ -264,7 +266,7 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         flat += (ref, meta.dtype)
     at_launch = []
     for step in plan.launches:
-        flat += (id(step.kernel), step.constants, step.num_warps, step.num_stages)
+        flat += (id(step.kernel), step.constants, step.num_warps, step.num_stages, step.asserts)
         at_launch.append(len(values))
         values += step.grid
         _walk(plan, step.args, flat, values)
