@@ -91,11 +91,35 @@ def _interpret_triton_library() -> None:
                 setattr(module, name, converted.setdefault(id(value), InterpretedFunction(value.fn)))
 
 
+def _round_bfloat16() -> None:
+    """Make the interpreter round float32 to bfloat16 as compiled kernels do, to nearest even; its own way cuts off bits."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        given, wanted = src.dtype.scalar, dst_type.scalar
+        if given == tl.float32 and wanted == tl.bfloat16:
+            bits = np.ascontiguousarray(src.data).view(np.uint32).reshape(src.data.shape)
+            rounded = ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+            return TensorHandle(np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded), wanted)
+        if given == tl.bfloat16 and wanted == tl.float32:
+            bits = src.data.astype(np.uint32) << np.uint32(16)
+            return TensorHandle(np.ascontiguousarray(bits).view(np.float32).reshape(src.data.shape), wanted)
+        return original(self, src, dst_type)
+
+    InterpreterBuilder.cast_impl = cast_impl
+
+
+@functools.cache
 def _use_interpreter() -> Target:
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
     triton.knobs.runtime.interpret = True
     _interpret_triton_library()
+    _round_bfloat16()
     return INTERPRETER
 
 
