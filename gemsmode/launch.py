@@ -12,6 +12,7 @@ launch goes through the compiled kernel's public ``compiled[grid](...)``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -227,7 +228,17 @@ def interpreted_launch(spec: Spec, grid: tuple[int, int, int], arguments: tuple[
     runtime_names, _ = split_parameters(spec.kernel)
     given = tuple(_interpreted_number(a, t) for a, t in zip(arguments, spec.types))
     with interpreter_lock:
-        spec.kernel[grid](**dict(zip(runtime_names, given)), **dict(spec.constants))
+        if not spec.asserts:
+            spec.kernel[grid](**dict(zip(runtime_names, given)), **dict(spec.constants))
+            return
+        from triton.runtime.interpreter import interpreter_builder
+
+        options = interpreter_builder.options
+        interpreter_builder.options = dataclasses.replace(options, debug=True, sanitize_overflow=False)
+        try:
+            spec.kernel[grid](**dict(zip(runtime_names, given)), **dict(spec.constants))
+        finally:
+            interpreter_builder.options = options
 
 
 def _interpreted_number(argument: Any, kind: Any) -> Any:
