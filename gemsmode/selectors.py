@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -28,7 +29,7 @@ class Selector:
     - ``"mm"``: every overload of ``mm``, its in-place form and the internal op that implements it (``"softmax"`` means
       ``_softmax`` too, ``"layer_norm"`` means ``native_layer_norm``); ``"add_"`` the in-place form alone;
     - ``"add.Tensor"``: one overload;
-    - ``"*_backward"``: a glob over names, or over ``name.overload`` if it holds a dot;
+    - ``"*_backward"``: a glob over these names, or over ``name.overload`` if it holds a dot;
     - ``"reduction"``: every rule of that family (``"family:norm"`` where an op has the same name, which is then what
       ``"norm"`` means);
     - a mapping from any of these to a predicate (or ``...`` for no condition).
@@ -55,20 +56,20 @@ class Selector:
         table = aten_overloads()
         packet, _, overload = name.partition(".")
         if any(c in name for c in "*?["):
-            candidates = (f"{p}.{o}" for p, os in table.items() for o in os) if "." in name else iter(table)
+            candidates = (f"{p}.{o}" for p, os in table.items() for o in os) if "." in name else iter(known_names())
             if not any(fnmatch.fnmatchcase(c, name) for c in candidates):
-                raise UnknownOpError(name, [*table, *families], "op, family or pattern")
+                raise UnknownOpError(name, [*known_names(), *families], "op, family or pattern")
             self._globs.append((name, condition))
         elif overload and overload in table.get(packet, ()):
             self._overloads[name] = condition
         elif overload and packet in table:
             raise UnknownOpError(name, (f"{packet}.{o}" for o in table[packet]), "overload")
-        elif name in table:
+        elif name in known_names():
             self._names[name] = condition
         elif name.removeprefix("family:") in families:
             self._families[name.removeprefix("family:")] = condition
         else:
-            raise UnknownOpError(name, [*table, *families], "op, family or pattern")
+            raise UnknownOpError(name, [*known_names(), *families], "op, family or pattern")
 
     def match(self, op: OpOverload, rule: Rule | None) -> tuple[bool, Predicate | None]:
         """Whether ``op`` (served by ``rule``, if any) is selected, and under which condition; the most exact entry decides."""
@@ -80,14 +81,21 @@ class Selector:
             if name in self._names:
                 return True, self._names[name]
         for pattern, condition in self._globs:
-            if fnmatch.fnmatchcase(overload if "." in pattern else packet, pattern):
+            if any(fnmatch.fnmatchcase(n, pattern) for n in ([overload] if "." in pattern else names_of(packet))):
                 return True, condition
         if rule is not None and rule.family in self._families:
             return True, self._families[rule.family]
         return False, None
 
 
-def names_of(packet: str) -> list[str]:
+@functools.cache
+def known_names() -> frozenset[str]:
+    """Every name by which some aten op may be meant."""
+    return frozenset(name for packet in aten_overloads() for name in names_of(packet))
+
+
+@functools.cache
+def names_of(packet: str) -> tuple[str, ...]:
     """The names by which a user may mean the op ``packet``, most exact first."""
     names = [packet, functional_name(packet)]
     for name in list(names):
@@ -96,4 +104,4 @@ def names_of(packet: str) -> list[str]:
                 names.append(name.removeprefix(prefix))
                 if name.endswith("_data"):
                     names.append(name.removeprefix(prefix).removesuffix("_data"))
-    return list(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names))
