@@ -451,7 +451,7 @@ def _store_all(outs, o, values, m):
 def reduce_kernel(outs, ins, nk, nr, n, total, steps, k_sizes, r_sizes, out_strides, k_strides, r_strides, params,
                   LANE: tl.constexpr, FOLD: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, POST: tl.constexpr,
                   OTHER: tl.constexpr, HOW: tl.constexpr, INNER: tl.constexpr, STEPPED: tl.constexpr,
-                  SPLIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+                  LOOP: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     """Reduce [nk, nr] along r. Grid: blocks of k, then shares of `steps` steps out of `total` (SPLIT: states are stored).
 
     INNER tiles are [BLOCK_K, BLOCK_R], outer ones [BLOCK_R, BLOCK_K]: the faster dimension of memory comes last.
@@ -483,15 +483,17 @@ def reduce_kernel(outs, ins, nk, nr, n, total, steps, k_sizes, r_sizes, out_stri
     x, r, m = _fetch(ins, o_k, first, o_tile, m_k, nr, r_sizes, r_strides, HOW, OTHER, STEPPED, BLOCK_R)
     if BLOCK is None:
         state = LANE(*x, r, params)
-        for step in range(first + 1, last):
-            x, r, m = _fetch(ins, o_k, step, o_tile, m_k, nr, r_sizes, r_strides, HOW, OTHER, STEPPED, BLOCK_R)
-            state = FOLD(*state, *LANE(*x, r, params))
+        if LOOP:
+            for step in range(first + 1, last):
+                x, r, m = _fetch(ins, o_k, step, o_tile, m_k, nr, r_sizes, r_strides, HOW, OTHER, STEPPED, BLOCK_R)
+                state = FOLD(*state, *LANE(*x, r, params))
         result = tree(state, MERGE, AXIS)
     else:
         result = BLOCK(*x, m, AXIS)
-        for step in range(first + 1, last):
-            x, r, m = _fetch(ins, o_k, step, o_tile, m_k, nr, r_sizes, r_strides, HOW, OTHER, STEPPED, BLOCK_R)
-            result = MERGE(*result, *BLOCK(*x, m, AXIS))
+        if LOOP:
+            for step in range(first + 1, last):
+                x, r, m = _fetch(ins, o_k, step, o_tile, m_k, nr, r_sizes, r_strides, HOW, OTHER, STEPPED, BLOCK_R)
+                result = MERGE(*result, *BLOCK(*x, m, AXIS))
     if SPLIT:
         _store_all(outs, i_s * nk + k, result, m_out)
     else:
@@ -538,6 +540,7 @@ class Schedule:
 
 _INTERPRETED_TILE = 1 << 16
 _TILE_BYTES = 16384  # of input a program has in flight: four 16-byte loads in each of 256 threads
+_SHORTEST_STEP = 256  # elements of the fastest reduced dimension, if a step is not to cross it
 _LONGEST_ROW = 8192  # elements that a program takes without a loop
 _WARPS = ((1024, 2), (2048, 4), (1 << 30, 8))  # (elements of a tile at most, warps)
 
@@ -546,40 +549,41 @@ def _ladder(steps: Sequence[tuple[int, int]], n: int) -> int:
     return next(value for limit, value in steps if n <= limit)
 
 
-def choose(nk: int, nr: int, inner: bool, itemsize: int, states: int, target: Target) -> Schedule:
-    """The schedule for ``nk`` results of ``nr`` elements each, of ``itemsize`` bytes, with ``states`` blocks of state."""
+def choose(nk: int, row: int, repeats: int, inner: bool, itemsize: int, states: int, target: Target) -> Schedule:
+    """The schedule for ``nk`` results of ``repeats`` rows of ``row`` elements each.
+
+    ``itemsize``: bytes of an element; ``states``: blocks of state that every lane of a tile keeps.
+    """
     if target.interpreted:
-        block_r = min(power_of_2(max(nr, 1)), _INTERPRETED_TILE)
+        block_r = min(power_of_2(max(row, 1)), _INTERPRETED_TILE)
         block_k = min(power_of_2(nk), _INTERPRETED_TILE // block_r)
-        steps = -(-nr // block_r)
+        steps = -(-row // block_r) * repeats
         return Schedule(block_k, block_r, min(steps, 4) if nk == 1 else 1)
     # Blocks of state stay in registers, so more of them mean a smaller tile.
     tile = max(_TILE_BYTES // itemsize // min(states, 2), 1024)
-    row = power_of_2(max(nr, 1))
+    fitting = power_of_2(max(row, 1))
     busy = 2 * target.multiprocessors
     if inner:
-        if nr <= _LONGEST_ROW // min(states, 2):
-            block_r = row
-        else:
-            block_r = min(tile, row)
+        block_r = fitting if row <= _LONGEST_ROW // min(states, 2) else min(tile, fitting)
         block_k = max(min(tile // 2 // block_r, power_of_2(nk)), 1)
         while block_k > 1 and -(-nk // block_k) < busy:
             block_k //= 2
     else:
         # 512 bytes of a row: whole sectors, one 16-byte load in each thread of a warp.
         block_k = min(power_of_2(nk), max(512 // itemsize, 32))
-        block_r = min(max(tile // block_k, 1), row)
-        while block_k > 32 and -(-nk // block_k) * -(-nr // block_r) < target.multiprocessors:
+        block_r = min(max(tile // block_k, 1), fitting)
+        while block_k > 32 and -(-nk // block_k) * -(-row // block_r) < target.multiprocessors:
             block_k //= 2
-        # Few rows: the tile grows along k instead, up to what fills it.
+        # Few rows: the tile grows along k instead, while that leaves enough programs.
         while block_r * block_k < tile // 4 and -(-nk // (block_k * 2)) >= 2 * busy:
             block_k *= 2
-    programs, steps = -(-nk // block_k), max(-(-nr // block_r), 1)
+    warps = _ladder(_WARPS, block_k * block_r)
+    programs, steps = -(-nk // block_k), -(-row // block_r) * repeats
     splits = 1
     if programs < busy and steps >= 8:
-        each = -(-steps // min(steps, -(-2 * busy // programs)))
-        splits = -(-steps // each)
-    return Schedule(block_k, block_r, splits, _ladder(_WARPS, block_k * block_r))
+        # 32 warps on each multiprocessor, and no program more than that in a second wave.
+        splits = max(min(steps, target.multiprocessors * (32 // warps) // programs), 1)
+    return Schedule(block_k, block_r, splits, warps)
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
@@ -736,19 +740,19 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
     wide = nk * max(nr, 1) >= 2**31 - 2**17 or any(s.meta.extent >= 2**31 for s in sources)
     index = torch.int64 if wide else torch.int32
     state_dtypes = [index if d == "index" else d for d in how.states(compute)]
-    schedule = choose(nk, nr, inner, itemsize, len(state_dtypes), target)
+    # A step that stays within the fastest reduced dimension divides only scalars; short ones would waste its lanes.
+    stepped = inner and len(reduced.sizes) > 1 and reduced.sizes[0] >= _SHORTEST_STEP
+    row = reduced.sizes[0] if stepped else nr
+    repeats = math.prod(reduced.sizes[1:]) if stepped else 1
+    schedule = choose(nk, row, repeats, inner, itemsize, 1 if how.block is not None else len(state_dtypes), target)
     block_r = schedule.block_r
-    # Dividing scalars is cheap and dividing every lane's index is not, but short inner dimensions would waste lanes.
-    stepped = len(reduced.sizes) > 1 and inner and reduced.sizes[0] * 2 >= block_r
-    if stepped:
-        total = -(-reduced.sizes[0] // block_r) * math.prod(reduced.sizes[1:])
-    else:
-        total = -(-nr // block_r)
+    total = -(-row // block_r) * repeats
     splits = min(schedule.splits, max(total, 1))
     steps = -(-max(total, 1) // splits)
     splits = -(-max(total, 1) // steps)
     k_sizes = tuple([Size(s) for s in kept.sizes[:-1]])
-    r_sizes = tuple([Size(s) for s in reduced.sizes[:-1]])
+    # The fastest one bounds the mask of a step, so that its divisibility makes wide loads.
+    r_sizes = tuple([s if d == 0 and stepped else Size(s) for d, s in enumerate(reduced.sizes[:-1])])
     fold = how.fold if how.fold is not None else how.merge
     how_loaded = tuple([(TRITON[s.common], TRITON[s.compute]) for s in sources])
     others = how.other if isinstance(how.other, tuple) else (how.other,) * len(sources)
@@ -764,7 +768,7 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
         reduce_kernel, (grid_k, splits, 1),
         (into, tuple([s.ref for s in sources]), nk, nr, Size(nr), Size(total), Size(steps), k_sizes, r_sizes, out_steps, k_steps, r_steps, params),
         (("LANE", how.lane), ("FOLD", fold), ("MERGE", how.merge), ("BLOCK", how.block), ("POST", how.post), ("OTHER", other),
-         ("HOW", how_loaded), ("INNER", inner), ("STEPPED", stepped), ("SPLIT", splits > 1), ("WIDE", wide),
+         ("HOW", how_loaded), ("INNER", inner), ("STEPPED", stepped), ("LOOP", steps > 1), ("SPLIT", splits > 1), ("WIDE", wide),
          ("BLOCK_K", schedule.block_k), ("BLOCK_R", block_r)), schedule.warps)]
     if splits > 1:
         block_s = power_of_2(splits)
