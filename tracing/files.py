@@ -9,8 +9,9 @@ from pathlib import Path
 from gemsmode.errors import GemsError
 
 MARKER = "gemsmode-report"
-"""Stands within the first bytes of every report that gemsmode writes, in all formats."""
+"""Stands within the first bytes of every report that gemsmode writes; CSV is known by its header."""
 
+_CSV_HEAD = "overload,decision,rule,reason,inputs,dtypes,module"
 _LOOK_AT = 512
 
 
@@ -22,7 +23,7 @@ def is_report(path: Path) -> bool:
     """Whether a report may replace the file: it is one, or it is empty."""
     with open(path, "rb") as file:
         head = file.read(_LOOK_AT)
-    return not head or MARKER.encode() in head
+    return not head or MARKER.encode() in head or head.startswith(_CSV_HEAD.encode())
 
 
 def check(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -42,7 +43,7 @@ def write(path: str | os.PathLike[str], text: str, overwrite: bool = False) -> P
 
     Args:
         path: where; its folder must exist.
-        text: a report in any format; its first bytes hold :data:`MARKER`.
+        text: a report in any format.
         overwrite: replace whatever is there.
 
     Raises:

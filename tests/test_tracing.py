@@ -1,0 +1,650 @@
+"""Recording and reporting: nothing is missed, nothing is counted twice, and what is printed is what happened."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import io
+import json
+import re
+import threading
+import time
+import tracemalloc
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import gemsmode
+from gemsmode import GemsMode, demo
+from gemsmode.handlers import Decision
+from gemsmode.target import INTERPRETER
+from gemsmode.tracing import NotAReportError, Record, Recorder, Report
+from gemsmode.tracing import recorder as recorder_module
+from gemsmode.tracing.clock import HARVEST_AT, DeviceClock
+from gemsmode.tracing.table import plain, render
+from gemsmode.tracing.timeline import Timeline
+
+SIZE = demo.Size(width=16, layers=1, heads=2, batch=2, length=8, repeats=1)
+
+
+class Counting(TorchDispatchMode):
+    """The independent count: every call that reaches a plain mode, by overload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.out = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.inner(x)) * 2
+
+
+def traced(**options: Any) -> GemsMode:
+    """A traced mode that replaces nothing, for tests of the record alone: quick in the interpreter."""
+    return GemsMode(allow=options.pop("allow", []), trace=True, **options)
+
+
+def calls_by_overload(report: Report) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for record in report.records:
+        found[record.overload] += record.calls
+    return found
+
+
+RECORDS = (
+    Record("aten.add.Tensor", "rule", "add", None, ("f32[8,8]", "f32[8]"), ("float32",), "Net.a", "forward", 6, 0.003, None, 0, 0, 512, 64, 288),
+    Record("aten.add.Tensor", "rule", "add", None, ("f32[4]", "f32[4]"), ("float32",), "Net.b", "backward", 2, 0.001, None, 0, 0, 48, 4, 32),
+    Record("aten.add.Tensor", "pass", None, "complex64 is complex", ("c64[4]", "c64[4]"), ("complex64",), "Net.b", "forward", 1, 0.0005, touched=64),
+    Record("aten.mm.default", "pass", None, "no rule", ("f32[8,8]", "f32[8,8]"), ("float32",), "Net.a", "forward", 3, 0.0125, touched=512),
+    Record("aten.exp.default", "error", "exp", "OutOfResources: shared memory", ("f32[8]",), ("float32",), "", "forward", 1, 0.001, touched=32),
+    Record("aten.view.default", "view", None, "a view, an allocation or metadata", ("f32[8,8]",), ("float32",), "Net.a", "forward", 7, 0.0002, touched=256),
+)
+ENVIRONMENT = {"gemsmode": "0.1.0", "torch": "2.13.0", "triton": "3.7.0", "python": "3.11", "device": "a GPU", "interpreter": False, "timing": "wall"}
+REPORT = Report(RECORDS, ENVIRONMENT, ("something to know",), 0.5)
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allow", [[], None], ids=["nothing replaced", "every rule"])
+def test_calls_equal_an_independent_count(allow: Any) -> None:
+    tokens = demo.read_bytes(demo.TEXT, SIZE, torch.device("cpu"))
+
+    def run(mode: Any) -> None:
+        torch.manual_seed(0)
+        model = demo.Decoder(SIZE)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with mode:
+            demo._step(model, tokens)
+            optimizer.step()
+
+    run(counting := Counting())
+    run(mode := GemsMode(allow=allow, trace=True))
+    report = mode.report
+    assert calls_by_overload(report) == counting.calls
+    assert report.calls == sum(counting.calls.values()) == sum(op["calls"] for op in report.to_dict()["ops"])
+    assert (report.coverage.calls > 0.3) == (allow is None)
+    assert {r.phase for r in report.records} == {"forward", "backward", "optimizer"}
+
+
+def test_a_call_that_raises_is_counted() -> None:
+    with traced() as mode, pytest.raises(RuntimeError, match="must match"):
+        torch.ones(3) + torch.ones(4)
+    assert calls_by_overload(mode.report)["aten.add.Tensor"] == 1
+
+
+def test_calls_of_an_inner_mode_are_counted_once() -> None:
+    x = torch.ones(4)
+    with traced() as outer:
+        x.exp()
+        with traced() as inner:
+            x.exp()
+        x.exp()
+    assert (outer.report.calls, inner.report.calls) == (2, 1)
+
+
+def test_every_thread_is_counted() -> None:
+    x = torch.ones(4)
+    mode = gemsmode.enable(allow=[], trace=True)
+
+    def work() -> None:
+        for _ in range(200):
+            x.exp()
+
+    try:
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gemsmode.disable()
+    (record,) = mode.report.records
+    assert (record.overload, record.calls) == ("aten.exp.default", 1600)
+    assert len(mode.recorder.timeline) == 1600
+
+
+def test_views_and_allocations_are_kept_apart() -> None:
+    with traced() as mode:
+        torch.empty(4, 4).t().unsqueeze(0).detach()
+        torch.ones(4).exp()
+    decisions = {r.overload: r.decision for r in mode.report.records}
+    assert decisions["aten.t.default"] == decisions["aten.empty.memory_format"] == decisions["aten.detach.default"] == "view"
+    assert decisions["aten.exp.default"] == "pass"
+    assert sum(r.calls for r in mode.report.compute) == 2  # ones and exp
+
+
+def test_coverage_is_of_compute() -> None:
+    coverage = REPORT.coverage
+    assert coverage.calls == pytest.approx(8 / 13)
+    assert coverage.time == pytest.approx(0.004 / 0.018)
+    assert coverage.bytes == pytest.approx((6 * 288 + 2 * 32) / (6 * 288 + 2 * 32 + 64 + 3 * 512 + 32))
+    assert Report((RECORDS[-1],)).coverage == (0, 0, 0)
+
+
+def test_shapes_of_arguments_and_lists() -> None:
+    x = torch.ones(2, 3)
+    with traced() as mode:
+        torch.cat([x, x, x[:1]])
+        torch._foreach_add([torch.ones(2) for _ in range(20)], 1)
+        x[:, torch.tensor([0])]
+    inputs = {r.overload: r.inputs for r in mode.report.records}
+    assert inputs["aten.cat.default"] == ("[f32[2,3],f32[2,3],f32[1,3]]",)
+    assert inputs["aten._foreach_add.Scalar"] == ("[" + ",".join(["f32[2]"] * 8) + ",...]x20",)
+    assert inputs["aten.index.Tensor"] == ("f32[2,3]", "[None,i64[1]]")
+    touched = {r.overload: r.touched for r in mode.report.records}
+    assert touched["aten.cat.default"] == 4 * 15 and touched["aten._foreach_add.Scalar"] == 4 * 40
+
+
+def test_no_tensor_is_kept() -> None:
+    x = torch.ones(4)
+    with traced() as mode:
+        y = x.exp()
+    gone = weakref.ref(y)
+    del y
+    gc.collect()
+    assert gone() is None and mode.report.calls == 1
+
+
+def test_many_shapes_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "MAX_ROWS", 10)
+    with traced() as mode:
+        for n in range(50):
+            torch.empty(n)
+            torch.ones(3).expand(n + 1, 3).exp()
+    report = mode.report
+    assert report.calls == 50 * 4
+    assert len(report.records) < 20
+    assert any("gathered as (various)" in note for note in report.notes)
+
+
+def test_a_hundred_thousand_calls_are_cheap_and_small() -> None:
+    recorder = Recorder(INTERPRETER)
+    decision = Decision("rule", "add", bytes=64, flops=4)
+    op = torch.ops.aten.add.Tensor
+    args = [(torch.ones(2, n), torch.ones(n)) for n in range(1, 101)]
+
+    def record(n: int) -> None:
+        for i in range(n):
+            token = recorder.begin(op, decision)
+            recorder.end(token, op, decision, args[i % 100])
+
+    record(100)
+    costs = []
+    for _ in range(5):
+        began = time.process_time()
+        record(2000)
+        costs.append((time.process_time() - began) / 2000)
+    assert min(costs) < 15e-6
+    tracemalloc.start()
+    record(100_000)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 100e6
+    assert recorder.report().calls == 100 + 10_000 + 100_000
+
+
+def test_the_timeline_ends_and_says_so() -> None:
+    timeline = Timeline(limit=3)
+    assert [timeline.add(0, i, 1, 7) for i in range(5)] == [0, 1, 2, -1, -1]
+    assert (len(timeline), timeline.dropped) == (3, 2)
+    assert [e.start for e in timeline.entries()] == [0, 1, 2]
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
+def modules_of(report: Report, overload: str) -> dict[tuple[str, str], int]:
+    found: Counter[tuple[str, str]] = Counter()
+    for record in report.records:
+        if record.overload == overload:
+            found[record.module, record.phase] += record.calls
+    return dict(found)
+
+
+def test_forward_and_backward_belong_to_modules() -> None:
+    model = Block()
+    with traced() as mode:
+        (model(torch.ones(2, 4)).exp()).sum().backward()
+    report = mode.report
+    assert modules_of(report, "aten.addmm.default") == {("Block.inner.0", "forward"): 1}
+    assert modules_of(report, "aten.relu.default") == {("Block.inner.1", "forward"): 1}
+    assert modules_of(report, "aten.threshold_backward.default") == {("Block.inner.1", "backward"): 1}
+    # Weight gradients of both products, and the input's of the second alone.
+    assert modules_of(report, "aten.mm.default") == {("Block.out", "forward"): 1, ("Block.out", "backward"): 2, ("Block.inner.0", "backward"): 1}
+    assert modules_of(report, "aten.mul.Tensor") == {("Block", "forward"): 1, ("Block", "backward"): 1, ("", "backward"): 1}
+    totals = {row.label: row.calls for row in report.modules()}
+    assert totals["Block", "forward"] == 4 and totals["Block.inner", "forward"] == 2
+
+
+def test_accumulated_gradients_belong_to_their_parameter() -> None:
+    model = Block()
+    with traced() as mode:
+        for _ in range(2):
+            model(torch.ones(2, 4)).sum().backward()
+    assert modules_of(mode.report, "aten.add_.Tensor") == {("Block.inner.0", "backward"): 2, ("Block.out", "backward"): 1}
+
+
+def test_two_models_of_one_class_and_a_module_used_alone() -> None:
+    first, second = Block(), Block()
+    with traced() as mode, torch.no_grad():
+        first(torch.ones(2, 4))
+        second(torch.ones(2, 4))
+        second.out(torch.ones(2, 4))
+    assert modules_of(mode.report, "aten.mm.default") == {("Block.out", "forward"): 1, ("Block#2.out", "forward"): 2}
+
+
+def test_checkpointed_forwards_run_again_in_the_backward() -> None:
+    model = Block()
+    with traced() as mode:
+        checkpoint(model, torch.ones(2, 4, requires_grad=True), use_reentrant=False).sum().backward()
+    assert modules_of(mode.report, "aten.relu.default") == {("Block.inner.1", "forward"): 1, ("Block.inner.1", "backward"): 1}
+
+
+def test_an_exception_in_a_module_leaves_it() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no")
+
+    with traced() as mode:
+        with pytest.raises(ValueError):
+            nn.Sequential(nn.ReLU(), Failing())(torch.ones(2))
+        torch.ones(2).exp()
+    assert modules_of(mode.report, "aten.exp.default") == {("", "forward"): 1}
+
+
+def test_optimizer_steps_are_their_own_phase() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    with traced() as mode:
+        optimizer.step()
+    assert {(r.module, r.phase) for r in mode.report.compute} == {("SGD", "optimizer")}
+
+
+def test_hooks_are_gone_after_the_block() -> None:
+    before = len(nn_module._global_forward_hooks), len(nn_module._global_forward_pre_hooks)
+    mode = traced()
+    with mode:
+        assert len(nn_module._global_forward_hooks) == before[0] + 1
+    assert (len(nn_module._global_forward_hooks), len(nn_module._global_forward_pre_hooks)) == before
+    gemsmode.enable(allow=[], trace=True)
+    gemsmode.disable()
+    assert (len(nn_module._global_forward_hooks), len(nn_module._global_forward_pre_hooks)) == before
+    with GemsMode(allow=[]):
+        assert len(nn_module._global_forward_hooks) == before[0]
+
+
+# -- notes -------------------------------------------------------------------------------------------------------------
+
+
+def has_note(report: Report, text: str) -> bool:
+    return any(text in note for note in report.notes)
+
+
+def test_a_forward_without_backward_is_noted() -> None:
+    model = Block()
+    mode = traced()
+    with mode:
+        loss = model(torch.ones(2, 4)).sum()
+        assert has_note(mode.report, "no backward")
+    assert has_note(mode.report, "no backward")
+    loss.backward()
+    with mode:
+        model(torch.ones(2, 4)).sum().backward()
+    assert not has_note(mode.report, "no backward")
+    with traced() as quiet, torch.no_grad():
+        model(torch.ones(2, 4))
+    assert not has_note(quiet.report, "no backward")
+
+
+def test_a_report_survives_an_exception() -> None:
+    mode = traced()
+    with pytest.raises(ZeroDivisionError), mode:
+        torch.ones(2).exp()
+        1 / 0  # noqa: B018
+    report = mode.report
+    assert calls_by_overload(report)["aten.exp.default"] == 1
+    assert has_note(report, "left by an exception (ZeroDivisionError: division by zero)")
+
+
+def test_compiled_regions_are_noted() -> None:
+    model = Block()
+    compiled = torch.compile(lambda x: model(x) + 1, backend="aot_eager", fullgraph=True)
+    x = torch.ones(2, 4)
+    with traced() as mode, torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x) + 1)
+    assert has_note(mode.report, "compiled regions")
+    torch._dynamo.reset()
+
+
+# -- device time -------------------------------------------------------------------------------------------------------
+
+
+class FakeDevice:
+    """Stands for ``torch.cuda``: a clock that moves 1 ms per recorded event, and says when somebody waits."""
+
+    def __init__(self) -> None:
+        self.now, self.made, self.waits, self.capturing, self.busy = 0.0, 0, 0, False, False
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+                device.made += 1
+
+            def record(self) -> None:
+                assert not device.capturing
+                device.now += 1.0
+                self.at = device.now
+
+            def query(self) -> bool:
+                assert not device.capturing
+                return not device.busy
+
+            def elapsed_time(self, other: Any) -> float:
+                return other.at - self.at
+
+        self.Event = Event
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
+
+    def synchronize(self, device: int) -> None:
+        assert not self.capturing
+        self.waits += 1
+
+
+def device_recorder() -> tuple[Recorder, FakeDevice]:
+    fake, recorder = FakeDevice(), Recorder(INTERPRETER)
+    recorder._clock = DeviceClock(fake, recorder.timeline)
+    return recorder, fake
+
+
+def call(recorder: Recorder, n: int = 1, args: tuple[Any, ...] = ()) -> None:
+    op, decision = torch.ops.aten.add.Tensor, Decision("rule", "add", bytes=10)
+    for _ in range(n):
+        recorder.end(recorder.begin(op, decision), op, decision, args)
+
+
+def test_device_events_are_pooled_and_read_at_the_end() -> None:
+    recorder, fake = device_recorder()
+    call(recorder, 3 * HARVEST_AT + 10)
+    assert fake.waits == 0
+    assert fake.made == 2 * HARVEST_AT + 1
+    (record,) = recorder.report().records
+    assert fake.waits == 1
+    assert (record.calls, record.device_calls) == (3 * HARVEST_AT + 10,) * 2
+    assert record.device_s == pytest.approx((3 * HARVEST_AT + 10) * 1e-3)
+    assert record.time_s == record.device_s
+    entries = recorder.timeline.entries()
+    assert all(e.device_ns == 1_000_000 for e in entries)
+    assert entries[1].device_start - entries[0].device_start == 2_000_000
+
+
+def test_a_busy_device_is_not_waited_for() -> None:
+    recorder, fake = device_recorder()
+    fake.busy = True
+    call(recorder, HARVEST_AT + 10)
+    assert fake.waits == 0 and fake.made == 2 * (HARVEST_AT + 10) + 1
+    (record,) = recorder.report().records
+    assert record.device_calls == HARVEST_AT + 10
+
+
+def test_nothing_is_timed_under_capture() -> None:
+    recorder, fake = device_recorder()
+    call(recorder, 2)
+    fake.capturing = True
+    call(recorder, 5)
+    during = recorder.report()
+    assert has_note(during, "a graph is being captured")
+    fake.capturing = False
+    report = recorder.report()
+    (record,) = report.records
+    assert (record.calls, record.captured, record.device_calls) == (7, 5, 2)
+    assert has_note(report, "5 calls were captured into a CUDA graph")
+
+
+def test_calls_on_another_device_take_host_time() -> None:
+    recorder, fake = device_recorder()
+    recorder.target = gemsmode.target.Target("cuda", "cuda", 90, present=False)
+    call(recorder, 4, (torch.ones(2),))
+    (record,) = recorder.report().records
+    assert record.device_s is None and record.time_s == record.host_s > 0
+    assert fake.made == 2  # the origin and one that goes back and forth
+
+
+def test_rates_come_from_what_rules_state() -> None:
+    record = Record("aten.mm.default", "rule", "mm", calls=4, captured=2, host_s=1.0, device_s=0.002, device_calls=2, bytes=10**9, flops=3 * 10**12)
+    (row,) = Report((record,)).rows()
+    assert row.gb_per_s == pytest.approx(2 / 0.002)
+    assert row.tflop_per_s == pytest.approx(6 / 0.002)
+
+
+# -- tables and formats ------------------------------------------------------------------------------------------------
+
+TABLE = """\
+gemsmode report
+20 calls, 13 of them compute, in 500 ms on a GPU, torch 2.13.0
+coverage of compute: 61.5% of calls, 22.2% of time, 52.3% of bytes
+
+Replaced: 1 overload, 8 calls, 4 ms, by Triton kernels
+overload    rule  calls  time  share                            rate  dtypes
+add.Tensor  add       8  4 ms  22.2%  0.000792 GB/s, 9.8e-08 TFLOP/s  float32
+
+Failed: 1 overload, 1 call, 1 ms, PyTorch's own ran instead
+overload  rule  calls  error
+exp       exp       1  OutOfResources: shared memory
+
+What to write next: 2 overloads, 4 calls, 13 ms, passed through to PyTorch
+overload    calls     time  share  why                   shapes  most often
+mm              3  12.5 ms  69.4%  no rule                    1  f32[8,8] f32[8,8]
+add.Tensor      1   500 us   2.8%  complex64 is complex       1  c64[4] c64[4]
+
+Views, allocations, metadata: not in the figures above: 7 calls, 200 us of host time: view 7
+
+Modules: compute in each, with everything below it
+module       phase     calls  replaced     time  share
+(no module)  forward       1      0.0%     1 ms   5.6%
+Net          forward      10     60.0%    16 ms  88.9%
+Net          backward      2    100.0%     1 ms   5.6%
+Net.a        forward       9     66.7%  15.5 ms  86.1%
+Net.b        forward       1      0.0%   500 us   2.8%
+Net.b        backward      2    100.0%     1 ms   5.6%
+
+note: something to know"""
+
+
+def test_the_table_as_text() -> None:
+    assert plain(render(REPORT), 120) == TABLE
+
+
+def test_rows_by_each_grouping() -> None:
+    assert [(r.label, r.calls) for r in REPORT.rows("op")] == [
+        (("aten.mm",), 3), (("aten.add",), 9), (("aten.exp",), 1), (("aten.view",), 7)]
+    shapes = [r.label[:2] for r in REPORT.rows("shape", ["rule"])]
+    assert shapes == [("aten.add.Tensor", "f32[8,8] f32[8]"), ("aten.add.Tensor", "f32[4] f32[4]")]
+    modules = [(*r.label, r.calls) for r in REPORT.modules()]
+    assert modules == [("(no module)", "forward", 1), ("Net", "forward", 10), ("Net", "backward", 2), ("Net.a", "forward", 9),
+                       ("Net.b", "forward", 1), ("Net.b", "backward", 2)]
+    assert [r.label for r in REPORT.modules(depth=1)] == [("(no module)", "forward"), ("Net", "forward"), ("Net", "backward")]
+    with pytest.raises(ValueError, match="by op, overload, shape, module, not by 'colour'"):
+        REPORT.rows("colour")
+
+
+def test_json_has_the_stated_form_and_is_read_again() -> None:
+    data = json.loads(REPORT.to_json())
+    assert data["coverage"]["calls"] == pytest.approx(8 / 13) and data["coverage"]["time"] == pytest.approx(4 / 18)
+    first = data["ops"][0]
+    assert first["overload"] == "aten.mm.default"
+    assert {k: first[k] for k in ("decision", "rule", "reason", "calls", "time_s", "dtypes")} == {
+        "decision": "pass", "rule": None, "reason": "no rule", "calls": 3, "time_s": 0.0125, "dtypes": ["float32"]}
+    added = next(op for op in data["ops"] if op["decision"] == "rule")
+    assert (added["rule"], added["reason"], added["calls"]) == ("add", None, 8)
+    assert added["shapes"] == [{"inputs": "f32[8,8] f32[8]", "calls": 6}, {"inputs": "f32[4] f32[4]", "calls": 2}]
+    assert sum(op["calls"] for op in data["ops"]) == 20
+    again = Report.from_dict(data)
+    assert again.records == REPORT.records and again.to_dict() == REPORT.to_dict()
+    with pytest.raises(ValueError, match="expected a gemsmode report"):
+        Report.from_dict({"format": "something else"})
+
+
+def test_csv_has_a_line_per_record() -> None:
+    rows = list(csv.DictReader(io.StringIO(REPORT.to_csv())))
+    assert len(rows) == len(RECORDS)
+    assert rows[0]["inputs"] == "f32[8,8] f32[8]" and rows[0]["calls"] == "6" and rows[0]["device_s"] == ""
+
+
+def test_markdown_tables() -> None:
+    text = REPORT.to_markdown()
+    assert "| `mm` | 3 | 12.5 ms | 69.4% | no rule | 1 | `f32[8,8] f32[8,8]` |" in text
+    assert "**What to write next**: 2 overloads, 4 calls, 13 ms, passed through to PyTorch" in text
+    assert "> note: something to know" in text
+
+
+def embedded(page: str, name: str) -> Any:
+    match = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.S)
+    assert match
+    return json.loads(match[1])
+
+
+def test_html_is_self_contained() -> None:
+    nasty = Record("aten.add.Tensor", "pass", None, "</script><script>alert(1)</script>", calls=1, host_s=1.0)
+    page = Report((*RECORDS, nasty), ENVIRONMENT).to_html()
+    assert "alert(1)</script>" not in page
+    assert not re.search(r"""(src|href)\s*=|@import|url\(|https?://""", page)
+    assert Report.from_dict(embedded(page, "report")).records[-1] == nasty
+    data = embedded(page, "data")
+    assert sum(row["calls"] for row in data["overloads"]) == 21
+    assert sum(leaf[5] for leaf in data["leaves"]) == 14
+
+
+def test_a_notebook_shows_a_report_without_scripts() -> None:
+    text = REPORT._repr_html_()
+    assert "<script" not in text and "What to write next" in text and "<td" in text
+
+
+def test_chrome_trace_nests(tmp_path: Any) -> None:
+    model = Block()
+    with traced() as mode:
+        model(torch.ones(2, 4)).sum().backward()
+    trace = json.loads(mode.report.to_chrome_trace(tmp_path / "trace.json"))
+    events = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+    assert sum(e["cat"] != "module" for e in events) == mode.report.calls
+    slices = {e["name"]: e for e in reversed(sorted(events, key=lambda e: e["ts"])) if e["cat"] == "module"}  # the first of each name
+    relu = next(e for e in events if e["name"] == "relu")
+    assert relu["args"]["module"] == "Block.inner.1"
+
+    def contains(outer: Any, inner: Any) -> bool:
+        slack = 1e-3
+        return outer["ts"] <= inner["ts"] + slack and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + slack
+
+    assert contains(slices["1"], relu) and contains(slices["inner"], relu)
+    assert contains(slices["inner"], slices["1"])
+    with pytest.raises(ValueError, match="no timeline"):
+        Report.from_dict(mode.report.to_dict()).to_chrome_trace()
+
+
+def test_ranges_for_the_profiler() -> None:
+    with torch.profiler.profile() as profile, traced():
+        torch.ones(2).exp()
+    names = {event.name for event in profile.events()}
+    assert "gems::aten.exp.default [pass]" in names
+
+
+DIFFERENCE = """\
+gemsmode report: difference
+before: 20 calls, compute 18 ms, coverage 61.5% of calls, 22.2% of time (a GPU, torch 2.13.0, gemsmode 0.1.0)
+after: 11 calls, compute 9 ms, coverage 81.8% of calls, 88.9% of time (a GPU, torch 2.13.0, gemsmode 0.1.0)
+
+Changed: 5 overloads
+overload    decision            calls             time  change
+mm          pass -> rule            3  12.5 ms -> 5 ms  -7.5 ms (0.40x)
+add.Tensor  pass/rule -> rule  9 -> 6   4.5 ms -> 3 ms  -1.5 ms (0.67x)
+exp         error -> absent    1 -> 0        1 ms -> 0  -1 ms
+sin         absent -> pass     0 -> 2        0 -> 1 ms  +1 ms
+view        view -> absent     7 -> 0      200 us -> 0  -200 us"""
+
+
+def test_difference_of_two_reports() -> None:
+    after = Report((RECORDS[0], Record("aten.mm.default", "rule", "mm", None, ("f32[8,8]", "f32[8,8]"), ("float32",), calls=3, host_s=0.005),
+                    Record("aten.sin.default", "pass", None, "no rule", calls=2, host_s=0.001)), ENVIRONMENT)
+    difference = REPORT.diff(after)
+    assert [c.overload for c in difference.changes[:2]] == ["aten.mm.default", "aten.add.Tensor"]
+    assert plain(difference, 120) == DIFFERENCE
+    assert "No difference" in str(REPORT.diff(REPORT))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+WRITERS = ["to_json", "to_csv", "to_markdown", "to_html", "to_chrome_trace"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_report_replaces_reports_only(tmp_path: Any, writer: str) -> None:
+    with traced() as mode:
+        torch.ones(2).exp()
+    write = getattr(mode.report, writer)
+    path = tmp_path / "report"
+    text = write(path)
+    assert path.read_text() == text
+    write(path)  # over a report
+    mode.report.to_json(path)  # over a report of another format
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("years of work")
+    with pytest.raises(NotAReportError, match="not a gemsmode report"):
+        write(precious)
+    assert precious.read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report", "thesis.txt"]
+    write(precious, overwrite=True)
+    assert precious.read_text() == write()
+
+
+def test_a_folder_that_is_not_there(tmp_path: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        REPORT.to_json(tmp_path / "nowhere" / "report.json")
+    with pytest.raises(IsADirectoryError):
+        REPORT.to_json(tmp_path)

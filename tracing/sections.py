@@ -1,0 +1,202 @@
+"""What a report shows, section by section, before it becomes a rich table, Markdown or HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gemsmode.tracing.report import Difference, Report, Row
+
+NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate"})
+"""Columns that stand to the right."""
+
+FOLDED = frozenset({"arguments", "dtypes", "why", "module", "error", "decision"})
+"""Columns that may take several lines."""
+
+
+@dataclass
+class Section:
+    """A heading, a sentence and a table, each of which may be empty.
+
+    Attributes:
+        heading: what it is about.
+        tone: ``"good"``, ``"open"``, ``"bad"`` or ``""``; what colour it may have.
+        text: what follows the heading.
+        columns, rows: the table, as text.
+        left_out: rows that a limit cut off.
+    """
+
+    heading: str = ""
+    tone: str = ""
+    text: str = ""
+    columns: Sequence[str] = ()
+    rows: list[list[str]] = field(default_factory=list)
+    left_out: int = 0
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def seconds(value: float) -> str:
+    """``1.23 s``, ``45.6 ms``, ``7.8 us``."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value / scale:,.0f} {unit}"
+    return f"{value / 1e-6:.3g} us" if value else "0"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def count(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
+def short(overload: str) -> str:
+    """``add.Tensor`` for ``aten.add.Tensor``, ``mm`` for ``aten.mm.default``."""
+    return overload.removeprefix("aten.").removesuffix(".default")
+
+
+def clip(text: str, length: int = 48) -> str:
+    """``text``, cut to ``length``."""
+    return text if len(text) <= length else text[:length - 1] + "…"
+
+
+def rate(row: Row) -> str:
+    """GB/s and TFLOP/s, where stated."""
+    parts = []
+    if (moved := row.gb_per_s) is not None:
+        parts.append(f"{moved:.3g} GB/s")
+    if (worked := row.tflop_per_s) is not None:
+        parts.append(f"{worked:.3g} TFLOP/s")
+    return ", ".join(parts)
+
+
+def headline(report: Report) -> list[str]:
+    """What was seen, and the coverage, in two lines."""
+    compute = sum(r.calls for r in report.compute)
+    environment = report.environment
+    where = f" on {environment['device']}, torch {environment['torch']}" if "device" in environment and "torch" in environment else ""
+    lines = [f"{count(report.calls, 'call')}, {compute:,} of them compute, in {seconds(report.wall_s)}{where}"]
+    c = report.coverage
+    if not compute:
+        lines.append("no call that computes was seen: is the model run inside the block?")
+    elif environment.get("interpreter"):
+        # Time in the interpreter measures the interpreter.
+        lines.append(f"coverage of compute: {percent(c.calls)} of calls, {percent(c.bytes)} of bytes")
+    else:
+        kind = "device time" if environment.get("timing") == "device" else "time"
+        lines.append(f"coverage of compute: {percent(c.calls)} of calls, {percent(c.time)} of {kind}, {percent(c.bytes)} of bytes")
+    return lines
+
+
+def _sum(rows: Sequence[Row]) -> str:
+    return (f"{count(len({r.label[0] for r in rows}), 'overload')}, {count(sum(r.calls for r in rows), 'call')}, "
+            f"{seconds(sum(r.time_s for r in rows))}")
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def sections(report: Report, by: str = "overload", limit: int | None = 20) -> list[Section]:
+    """The sections of a report, those that would be empty left out.
+
+    Args:
+        report: the report.
+        by: what the rows of the replaced and passed-through tables stand for: ``"overload"``, ``"op"``, ``"shape"``;
+            ``"module"`` gives the module table in full.
+        limit: rows of each table; None for all.
+    """
+    total = sum(r.time_s for r in report.compute) or 1.0
+    rows_by = "overload" if by == "module" else by
+    found = [_replaced(report, rows_by, limit, total), _failed(report, limit), _passed(report, rows_by, limit, total), _views(report),
+             _modules(report, None if by == "module" else limit, None if by == "module" else 3, total)]
+    return [section for section in found if section is not None]
+
+
+def _cut(rows: Sequence[Row], limit: int | None) -> tuple[Sequence[Row], int]:
+    return (rows, 0) if limit is None else (rows[:limit], max(len(rows) - limit, 0))
+
+
+def _words(row: Row, field: str) -> str:
+    return "; ".join(dict.fromkeys(str(getattr(r, field) or "") for r in row.records))
+
+
+def _replaced(report: Report, by: str, limit: int | None, total: float) -> Section | None:
+    rows = report.rows(by, ["rule"])
+    if not rows:
+        return Section("Replaced", "good", "nothing") if report.compute else None
+    rated = not report.environment.get("interpreter") and any(rate(row) for row in rows)
+    shapes = by == "shape"
+    columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "rule", "calls", "time", "share",
+               *(["rate"] if rated else []), *([] if shapes else ["dtypes"])]
+    shown, left_out = _cut(rows, limit)
+    table = [[short(row.label[0]), *([row.label[1]] if shapes else []), _words(row, "rule"), f"{row.calls:,}", seconds(row.time_s),
+              percent(row.time_s / total), *([rate(row)] if rated else []), *([] if shapes else [", ".join(row.dtypes)])] for row in shown]
+    return Section("Replaced", "good", f"{_sum(rows)}, by Triton kernels", columns, table, left_out)
+
+
+def _failed(report: Report, limit: int | None) -> Section | None:
+    rows = report.rows("overload", ["error"])
+    if not rows:
+        return None
+    shown, left_out = _cut(rows, limit)
+    table = [[short(row.label[0]), _words(row, "rule"), f"{row.calls:,}", clip(_words(row, "reason"), 200)] for row in shown]
+    return Section("Failed", "bad", f"{_sum(rows)}, PyTorch's own ran instead", ("overload", "rule", "calls", "error"), table, left_out)
+
+
+def _passed(report: Report, by: str, limit: int | None, total: float) -> Section | None:
+    rows = report.rows(by, ["pass"])
+    if not rows:
+        return None
+    shapes = by == "shape"
+    columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "calls", "time", "share", "why",
+               *([] if shapes else ["shapes", "most often"])]
+    shown, left_out = _cut(rows, limit)
+    table = [[short(row.label[0]), *([row.label[1]] if shapes else []), f"{row.calls:,}", seconds(row.time_s), percent(row.time_s / total),
+              _words(row, "reason"), *([] if shapes else [str(len(row.shapes)), clip(row.usual_shapes[0])])] for row in shown]
+    return Section("What to write next", "open", f"{_sum(rows)}, passed through to PyTorch", columns, table, left_out)
+
+
+def _views(report: Report) -> Section | None:
+    rows = sorted(report.rows("overload", ["view"]), key=lambda row: (-row.calls, row.label))
+    if not rows:
+        return None
+    names = ", ".join(f"{short(row.label[0])} {row.calls}" for row in rows[:6]) + (", ..." if len(rows) > 6 else "")
+    return Section("Views, allocations, metadata", "", f"not in the figures above: {count(sum(r.calls for r in rows), 'call')}, "
+                                                       f"{seconds(sum(r.host_s for r in rows))} of host time: {names}")
+
+
+def _modules(report: Report, limit: int | None, depth: int | None, total: float) -> Section | None:
+    rows = report.modules(depth)
+    if all(row.label[0] == "(no module)" for row in rows):
+        return None
+    shown, left_out = _cut(rows, limit)
+    table = [[row.label[0], row.label[1], f"{row.calls:,}", percent(row.replaced / row.calls), seconds(row.time_s),
+              percent(row.time_s / total)] for row in shown]
+    return Section("Modules", "", "compute in each, with everything below it",
+                   ("module", "phase", "calls", "replaced", "time", "share"), table, left_out)
+
+
+def difference(diff: Difference, limit: int | None = 20) -> tuple[list[str], Section]:
+    """The two reports in a line each, and what changed."""
+    lines = []
+    for name, report in (("before", diff.before), ("after", diff.after)):
+        c, e = report.coverage, report.environment
+        where = ", ".join([str(e["device"])] * ("device" in e) + [f"{k} {e[k]}" for k in ("torch", "gemsmode") if k in e])
+        lines.append(f"{name}: {count(report.calls, 'call')}, compute {seconds(sum(r.time_s for r in report.compute))}, "
+                     f"coverage {percent(c.calls)} of calls, {percent(c.time)} of time" + (f" ({where})" if where else ""))
+    changed = [c for c in diff.changes if c.calls_before != c.calls_after or c.decision_before != c.decision_after or c.time_before != c.time_after]
+    if not changed:
+        return lines, Section("No difference")
+    rows = []
+    for c in changed[:limit]:
+        decision = f"{c.decision_before or 'absent'} -> {c.decision_after or 'absent'}" if c.decision_before != c.decision_after else c.decision_after or ""
+        calls = f"{c.calls_before:,} -> {c.calls_after:,}" if c.calls_before != c.calls_after else f"{c.calls_after:,}"
+        delta = c.time_after - c.time_before
+        change = f"{'-' if delta < 0 else '+'}{seconds(abs(delta))}"
+        if c.time_before and c.time_after:
+            change += f" ({c.time_after / c.time_before:.2f}x)"
+        rows.append([short(c.overload), decision, calls, f"{seconds(c.time_before)} -> {seconds(c.time_after)}", change])
+    return lines, Section("Changed", "", count(len(changed), "overload"), ("overload", "decision", "calls", "time", "change"), rows, len(changed) - len(rows))
