@@ -8,6 +8,7 @@ tuples of sizes and strides, fastest dimension first, and taken apart by the fun
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
@@ -137,6 +138,38 @@ def sizes_argument(sizes: Sequence[int], specialize_first: bool = False) -> tupl
     return tuple([n if i == 0 and specialize_first else Size(n) for i, n in enumerate(sizes)])
 
 
+# -- launch choice -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's share.
+
+    Attributes:
+        rows: rows a program.
+        columns: columns a step.
+        warps: warps a program, of 32 threads.
+        loops: whether a row takes several steps.
+        chunks: programs a row, if rows are split; else 0.
+        gather: whether row indices are linear over all row dimensions.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    loops: bool = False
+    chunks: int = 0
+    gather: bool = True
+
+
+WARPS = ((2048, 4), (8192, 8), (16384, 16), (1 << 30, 32))
+"""Warps by elements of a tile: 16 to 32 elements a thread, which is two to four 16-byte loads of 16-bit values."""
+LONGEST = 32768  # elements of 4 bytes that a program's registers hold beside what it computes
+LOOP_STEP = 4096
+SMALL_TILE = 2048
+INTERPRETED_BLOCK = 1 << 16  # a program costs 0.3 ms in the interpreter, whatever its size
+
+
 def ladder(limits: Sequence[tuple[int, int]], n: int) -> int:
     """The value of the first step ``(limit, value)`` whose limit is at least ``n``."""
     return next(value for limit, value in limits if n <= limit)
@@ -150,3 +183,44 @@ def warps(count: int, target: Target) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def choose_tile(rows: Rows, itemsize: int, target: Target) -> Tile:
+    """The tile for ``rows`` of elements that are computed in ``itemsize`` bytes (4 or 8)."""
+    n, n_rows = rows.n_columns, rows.n_rows
+    block_n = power_of_2(n)
+    first = rows.row_sizes[0]
+    if target.interpreted:
+        if n > INTERPRETED_BLOCK and n_rows <= 4:
+            return Tile(1, INTERPRETED_BLOCK // 4, 4, True, 3)
+        loops = n > INTERPRETED_BLOCK
+        columns = min(block_n, INTERPRETED_BLOCK)
+        gather = rows.inner or first < 16 or len(rows.row_sizes) == 1
+        return Tile(max(min(power_of_2(n_rows if gather else first), INTERPRETED_BLOCK // columns), 1), columns, 4, loops, 0, gather)
+    scale = 8 // itemsize  # 2 for 4-byte elements, 1 for 8-byte ones
+    longest = LONGEST * scale // 2
+    if rows.inner:
+        if n > LOOP_STEP and n_rows * 2 <= target.multiprocessors:
+            # Too few rows to fill the device with one program each.
+            chunks = min(-(-2 * target.multiprocessors // n_rows), -(-n // LOOP_STEP))
+            if chunks > 1:
+                return Tile(1, LOOP_STEP * scale // 2, 8, True, chunks)
+        if block_n > longest:
+            return Tile(1, LOOP_STEP * scale, 16, True)
+        budget = SMALL_TILE
+        # Fewer rows a program while the device would not be filled four times over.
+        while budget > 256 and n_rows * block_n < budget * target.multiprocessors * 4:
+            budget //= 2
+        block_r = max(min(budget // block_n, power_of_2(n_rows)), 1)
+        return Tile(block_r, block_n, ladder(WARPS, block_r * block_n * itemsize // 4))
+    # The rows are the fast dimension: 64 of them side by side keep accesses coalesced.
+    if first < 16 and len(rows.row_sizes) > 1:
+        block_r = max(min(SMALL_TILE // block_n, power_of_2(n_rows)), 1)
+        if block_n <= longest:
+            return Tile(block_r, block_n, ladder(WARPS, block_r * block_n * itemsize // 4))
+        return Tile(1, LOOP_STEP, 8, True)
+    side = min(64, power_of_2(first))
+    if side * block_n <= longest // 2:
+        block_r = max(min(SMALL_TILE // block_n, power_of_2(first)), side)
+        return Tile(block_r, block_n, ladder(WARPS, block_r * block_n * itemsize // 4), gather=False)
+    return Tile(side, max(LOOP_STEP // side, 1), 8, True, gather=False)

@@ -12,7 +12,6 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (201
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ import triton.language as tl
 from gemsmode.ops.promotion import FLOAT, TRITON, opmath
 from gemsmode.ops.rows import (
     Rows,
+    choose_tile,
     column_range,
     is_wide,
-    ladder,
     locate,
     power_of_2,
     row_offsets,
@@ -36,7 +35,6 @@ from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguo
 from gemsmode.predicates import dtype, dtype_name
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
-from gemsmode.target import Target
 
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 
@@ -291,79 +289,6 @@ def backward_finish_kernel(p_out, p_g, p_y, p_totals, sizes, n_rows, n, chunk, o
         tl.store(p_to + o_column * out_column, gradient(g, y, total, LOG).to(p_out.dtype.element_ty), mask=mask)
 
 
-# -- launch choice -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A program's share.
-
-    Attributes:
-        rows: rows a program.
-        columns: columns a step.
-        warps: warps a program, of 32 threads.
-        loops: whether a row takes several steps.
-        chunks: programs a row, if rows are split; else 0.
-        gather: whether row indices are linear over all row dimensions.
-    """
-
-    rows: int
-    columns: int
-    warps: int
-    loops: bool = False
-    chunks: int = 0
-    gather: bool = True
-
-
-_WARPS = ((2048, 4), (8192, 8), (16384, 16), (1 << 30, 32))
-"""Warps by elements of a tile: 16 to 32 elements a thread, which is two to four 16-byte loads of 16-bit values."""
-_LONGEST = 32768  # elements of 4 bytes that a program's registers hold beside what it computes
-_LOOP_STEP = 4096
-_SMALL_TILE = 2048
-_INTERPRETED_BLOCK = 1 << 16  # a program costs 0.3 ms in the interpreter, whatever its size
-
-
-def choose(rows: Rows, itemsize: int, target: Target) -> Tile:
-    """The tile for ``rows`` of elements that are computed in ``itemsize`` bytes (4 or 8)."""
-    n, n_rows = rows.n_columns, rows.n_rows
-    block_n = power_of_2(n)
-    first = rows.row_sizes[0]
-    if target.interpreted:
-        if n > _INTERPRETED_BLOCK and n_rows <= 4:
-            return Tile(1, _INTERPRETED_BLOCK // 4, 4, True, 3)
-        loops = n > _INTERPRETED_BLOCK
-        columns = min(block_n, _INTERPRETED_BLOCK)
-        gather = rows.inner or first < 16 or len(rows.row_sizes) == 1
-        return Tile(max(min(power_of_2(n_rows if gather else first), _INTERPRETED_BLOCK // columns), 1), columns, 4, loops, 0, gather)
-    scale = 8 // itemsize  # 2 for 4-byte elements, 1 for 8-byte ones
-    longest = _LONGEST * scale // 2
-    if rows.inner:
-        if n > _LOOP_STEP and n_rows * 2 <= target.multiprocessors:
-            # Too few rows to fill the device with one program each.
-            chunks = min(-(-2 * target.multiprocessors // n_rows), -(-n // _LOOP_STEP))
-            if chunks > 1:
-                return Tile(1, _LOOP_STEP * scale // 2, 8, True, chunks)
-        if block_n > longest:
-            return Tile(1, _LOOP_STEP * scale, 16, True)
-        budget = _SMALL_TILE
-        # Fewer rows a program while the device would not be filled four times over.
-        while budget > 256 and n_rows * block_n < budget * target.multiprocessors * 4:
-            budget //= 2
-        block_r = max(min(budget // block_n, power_of_2(n_rows)), 1)
-        return Tile(block_r, block_n, ladder(_WARPS, block_r * block_n * itemsize // 4))
-    # The rows are the fast dimension: 64 of them side by side keep accesses coalesced.
-    if first < 16 and len(rows.row_sizes) > 1:
-        block_r = max(min(_SMALL_TILE // block_n, power_of_2(n_rows)), 1)
-        if block_n <= longest:
-            return Tile(block_r, block_n, ladder(_WARPS, block_r * block_n * itemsize // 4))
-        return Tile(1, _LOOP_STEP, 8, True)
-    side = min(64, power_of_2(first))
-    if side * block_n <= longest // 2:
-        block_r = max(min(_SMALL_TILE // block_n, power_of_2(first)), side)
-        return Tile(block_r, block_n, ladder(_WARPS, block_r * block_n * itemsize // 4), gather=False)
-    return Tile(side, max(_LOOP_STEP // side, 1), 8, True, gather=False)
-
-
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
@@ -377,7 +302,7 @@ def _dimension(meta: TensorMeta, dim: int) -> int:
 def _launches(call: Call, forward: bool, rows: Rows, tensors: tuple[Any, ...], wide: bool, acc: torch.dtype,
               flags: tuple[tuple[str, Any], ...], workspace: int) -> tuple[tuple[Alloc, ...], tuple[Launch, ...]]:
     """Workspace and launches; ``tensors`` are the result and the operands, in the order of ``rows``' strides."""
-    tile = choose(rows, acc.itemsize, call.target)
+    tile = choose_tile(rows, acc.itemsize, call.target)
     n, n_rows = rows.n_columns, rows.n_rows
     sizes = sizes_argument(rows.row_sizes, specialize_first=not tile.gather)
     per_row = tuple(rows.row_strides)
