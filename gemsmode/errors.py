@@ -11,10 +11,10 @@ class GemsError(Exception):
 
 
 class UnknownOpError(GemsError, ValueError):
-    """A name that selects no aten op."""
+    """A name that selects nothing; ``near`` is what is compared with the ``known`` names, if not ``name`` itself."""
 
-    def __init__(self, name: str, known: Iterable[str], what: str = "op") -> None:
-        close = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
+    def __init__(self, name: str, known: Iterable[str], what: str = "op", near: str | None = None) -> None:
+        close = difflib.get_close_matches(near or name, sorted(known), n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(repr(c) for c in close)}?" if close else "`gemsmode ops` lists what is registered."
         super().__init__(f"{name!r} is not a known {what}; {hint}")
 

@@ -65,17 +65,16 @@ def find_op(name: str | OpOverload) -> OpOverload:
     """
     if isinstance(name, OpOverload):
         return name
-    namespace, rest = "aten", plain_name(name)
-    if rest == name and rest.count(".") >= 1 and rest.split(".")[0] not in aten_overloads():
-        namespace, _, rest = name.replace("::", ".").partition(".")
-    packet, _, overload = rest.partition(".")
+    known = aten_overloads()
+    parts = name.removeprefix("torch.ops.").replace("::", ".").split(".")
+    namespace = "aten" if parts[0] in known else parts.pop(0)
+    packet, overload = parts[0] if parts else namespace, parts[1] if len(parts) > 1 else "default"
+    if namespace == "aten" and packet in known and overload not in known[packet]:
+        raise UnknownOpError(name, (f"{packet}.{o}" for o in known[packet]), "overload", near=f"{packet}." + (overload if len(parts) > 1 else ""))
     try:
-        return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except (AttributeError, RuntimeError):
-        known = aten_overloads()
-        if packet in known:
-            raise UnknownOpError(name, (f"{packet}.{o}" for o in known[packet]), "overload") from None
-        raise UnknownOpError(name, known) from None
+        raise UnknownOpError(name, known, near=packet) from None
 
 
 def short_name(op: OpOverload) -> str:
@@ -291,7 +290,7 @@ def _declare(ops: Any, when: Any) -> tuple[tuple[OpOverload, ...], tuple[Predica
         if not isinstance(condition, Predicate):
             raise RuleDeclarationError("when= takes predicates (gemsmode.dtype(...), gemsmode.contiguous, gemsmode.where(...)), "
                                        f"not {condition!r}")
-    return tuple(find_op(name) for name in names), tuple(conditions)
+    return tuple(dict.fromkeys(find_op(name) for name in names)), tuple(conditions)
 
 
 def rule(ops: str | OpOverload | Sequence[str | OpOverload], when: Predicate | Iterable[Predicate] = (), *,
