@@ -1,0 +1,314 @@
+"""Optimizers: the ``_foreach_*`` ops and the fused AdamW and SGD steps, each a few launches for a whole list of tensors.
+
+A launch takes up to ``MAX_TENSORS`` tensors of a list; a program finds its tensor by its number. The functions are
+those of the pointwise ops. Tensors must be floating point, of one dtype, dense, and laid out alike across the lists, as
+PyTorch's own fast path wants them; anything else passes through.
+
+Source: ``torch.optim.AdamW`` and ``torch.optim.SGD`` (documentation) for the fused steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gemsmode.launch import Constants
+from gemsmode.ops import binary, ternary, unary
+from gemsmode.ops.layout import is_dense
+from gemsmode.ops.pointwise import _apply, _how, _store, choose_flat
+from gemsmode.ops.promotion import FLOAT, TRITON, opmath
+from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, extent
+from gemsmode.predicates import dtype_name
+from gemsmode.registry import aten_overloads, planned
+from gemsmode.signature import Call, TensorMeta, parameters
+
+MAX_TENSORS = 24
+"""Tensors of one launch: a program looks for its own among them, and the kernel is compiled for their number."""
+
+
+@triton.jit
+def foreach_kernel(outs, ins, strides, first, counts, FN: tl.constexpr, HOW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """``outs[k] = FN(*ins[k])`` for each tensor k; programs ``first[k]`` to ``first[k + 1]`` take tensor k."""
+    i_program = tl.program_id(0)
+    for k in tl.static_range(len(outs)):
+        if (i_program >= first[k]) & (i_program < first[k + 1]):
+            i_block = i_program - first[k]
+            if WIDE:
+                i_block = i_block.to(tl.int64)
+            o = i_block * BLOCK + tl.arange(0, BLOCK)
+            m = o < counts[k]
+            _store(outs[k], (o,), (), _apply(FN, ins[k], (o,), strides, m, HOW), m)
+
+
+def _lists(call: Call, indices: Sequence[int]) -> tuple[torch.dtype, list[TensorMeta]]:
+    """The dtype of the lists ``indices`` and the first list's tensors, if all are laid out alike."""
+    first = call.args[indices[0]]
+    if not first:
+        raise Decline("an empty list")
+    dtype = first[0].dtype
+    if dtype not in FLOAT:
+        raise Decline(f"{dtype_name(dtype)} is not floating point")
+    for index in indices:
+        if len(call.args[index]) != len(first):
+            raise Decline("PyTorch rejects it: lists of different lengths")
+        for own, other in zip(first, call.args[index]):
+            if other.dtype != dtype:
+                raise Decline("tensors of several dtypes")
+            if other.shape != own.shape or other.stride != own.stride or other.device != own.device:
+                raise Decline("tensors of different layouts across the lists")
+    for meta in first:
+        if not is_dense(meta.shape, meta.stride):
+            raise Decline("a tensor that is not dense")
+    return dtype, list(first)
+
+
+def _programs(metas: Sequence[TensorMeta], block: int) -> list[int]:
+    first = [0]
+    for meta in metas:
+        first.append(first[-1] + -(-meta.numel // block))
+    return first
+
+
+def _plan(call: Call, function: Any, roles: Sequence[tuple[str, Any]]) -> Plan:
+    """One list op: ``roles`` says for each parameter of the function what it is, ``("list", index)``, ``("tensor", index)``,
+    ``("number", index)``, ``("numbers", index)`` or ``("constant", value)``."""
+    lists = [index for role, index in roles if role == "list"]
+    dtype, metas = _lists(call, lists)
+    compute = opmath(dtype)
+    kind = "fp64" if compute == torch.float64 else "fp32"
+    kinds: list[tuple[int, torch.dtype, torch.dtype]] = []
+    strides: list[tuple[int, ...]] = []
+    refs: dict[Arg, TensorMeta] = {}
+    for role, index in roles:
+        is_tensor = role == "tensor" and call.args[index].device.type == call.target.device_type
+        if is_tensor and (call.args[index].shape or call.args[index].dtype not in FLOAT):
+            raise Decline("a tensor operand that is not a floating-point scalar")
+        if role == "numbers" and len(call.args[index]) != len(metas):
+            raise Decline("PyTorch rejects it: as many numbers as tensors are needed")
+        kinds.append((0 if role == "list" or is_tensor else 1, dtype, compute))
+        strides.append((0,) if is_tensor else ())
+        if is_tensor:
+            refs[Arg(index)] = call.args[index]
+
+    def operand(role: str, index: Any, k: int) -> Any:
+        if role == "list":
+            refs[Arg(index, k)] = metas[k]
+            return Arg(index, k)
+        if role == "tensor" and Arg(index) in refs:
+            return Arg(index)
+        if role == "tensor":
+            return Num(index, kind, None, True)
+        if role == "constant":
+            return float(index)
+        return Num(index, kind, k if role == "numbers" else None)
+
+    inplace = parameters(call.op)[0].is_written
+    allocs = () if inplace else tuple(Alloc(m.shape, m.stride, dtype) for m in metas)
+    live = [k for k, m in enumerate(metas) if m.numel]
+    launches = []
+    for at in range(0, len(live), MAX_TENSORS):
+        group = live[at:at + MAX_TENSORS]
+        tile = choose_flat(sum(metas[k].numel for k in group), dtype.itemsize, call.target)
+        first = _programs([metas[k] for k in group], tile.x)
+        args = (tuple(Arg(0, k) if inplace else Out(k) for k in group),
+                tuple(tuple(operand(role, index, k) for role, index in roles) for k in group), tuple(strides),
+                tuple(Size(f) for f in first), tuple(extent(metas[k].numel) for k in group))
+        wide = any(metas[k].numel >= 2**31 - 2**17 for k in group)
+        constants = Constants((("FN", function), ("HOW", _how(tuple(kinds))), ("WIDE", wide), ("BLOCK", tile.x)))
+        launches.append(Launch(foreach_kernel, (first[-1], 1, 1), args, constants, tile.warps))
+    if inplace:
+        for k in live:
+            refs.setdefault(Arg(0, k), metas[k])
+    moved = (len(lists) + 1) * sum(m.numel for m in metas) * dtype.itemsize
+    returns: Any = None if inplace else [Out(k) for k in range(len(metas))]
+    return Plan(allocs, tuple(launches), returns, refs, bytes=moved)
+
+
+_ROLE = {"List[Tensor]": "list", "Tensor": "tensor", "number": "number", "List[number]": "numbers"}
+
+
+def _declare(name: str, function: Any, overloads: Sequence[str], **constants: float) -> None:
+    """Rules for ``name`` and its in-place form; the function's parameters are the op's in order, then ``constants``."""
+    for packet in (name, f"{name}_"):
+        for overload in overloads:
+            if overload not in aten_overloads().get(packet, ()):
+                continue
+
+            @planned(f"aten.{packet}.{overload}", family="optimizer", kernel=function, name=packet.strip("_"))
+            def plan(call: Call) -> Plan:
+                given = [(_ROLE[p.type], i) for i, p in enumerate(parameters(call.op))]
+                missing = function.arg_names[len(given):]
+                return _plan(call, function, [*given, *[("constant", constants[n]) for n in missing]])
+
+
+_NUMBERED = ("Scalar", "List", "ScalarList", "Tensor")
+
+_declare("_foreach_add", binary.add, _NUMBERED, alpha=1.0)
+_declare("_foreach_sub", binary.sub, _NUMBERED, alpha=1.0)
+_declare("_foreach_mul", binary.mul, _NUMBERED)
+_declare("_foreach_div", binary.div, _NUMBERED)
+_declare("_foreach_maximum", binary.maximum, _NUMBERED)
+_declare("_foreach_minimum", binary.minimum, _NUMBERED)
+_declare("_foreach_clamp_min", binary.maximum, _NUMBERED)
+_declare("_foreach_clamp_max", binary.minimum, _NUMBERED)
+_declare("_foreach_lerp", ternary.lerp, ("Scalar", "List", "ScalarList"))
+_declare("_foreach_addcmul", ternary.addcmul, ("Scalar", "ScalarList"))
+_declare("_foreach_addcdiv", ternary.addcdiv, ("Scalar", "ScalarList"))
+_declare("_foreach_sqrt", unary.sqrt, ("default",))
+_declare("_foreach_rsqrt", unary.rsqrt, ("default",))
+_declare("_foreach_reciprocal", unary.reciprocal, ("default",))
+_declare("_foreach_neg", unary.neg, ("default",))
+_declare("_foreach_abs", unary.absolute, ("default",))
+_declare("_foreach_exp", unary.exp, ("default",))
+
+
+@triton.jit
+def _fill_zero(self):
+    return tl.zeros_like(self)
+
+
+@planned("aten._foreach_zero_.default", family="optimizer", kernel=_fill_zero)
+def foreach_zero(call: Call) -> Plan:
+    return _plan(call, _fill_zero, [("list", 0)])
+
+
+# -- fused steps -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adamw_kernel(params, grads, averages, squares, steps, first, counts, rate, beta1, beta2, decay, eps, MAXIMIZE: tl.constexpr,
+                 DECOUPLED: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """One Adam (DECOUPLED: AdamW) step of each tensor k, everything read and written once."""
+    i_program = tl.program_id(0)
+    for k in tl.static_range(len(params)):
+        if (i_program >= first[k]) & (i_program < first[k + 1]):
+            i_block = i_program - first[k]
+            if WIDE:
+                i_block = i_block.to(tl.int64)
+            o = i_block * BLOCK + tl.arange(0, BLOCK)
+            m = o < counts[k]
+            p = tl.load(params[k] + o, mask=m).to(COMPUTE)
+            g = tl.load(grads[k] + o, mask=m).to(COMPUTE)
+            a = tl.load(averages[k] + o, mask=m).to(COMPUTE)
+            s = tl.load(squares[k] + o, mask=m).to(COMPUTE)
+            step = tl.load(steps[k]).to(tl.float64)
+            # The corrections are differences of near numbers for the first steps: in float64.
+            correction1 = 1.0 - tl.exp(step * tl.log(beta1))
+            correction2 = 1.0 - tl.exp(step * tl.log(beta2))
+            if MAXIMIZE:
+                g = -g
+            if DECOUPLED:
+                p = p - (rate * decay).to(COMPUTE) * p
+            else:
+                g = g + decay.to(COMPUTE) * p
+            a = a + (1.0 - beta1).to(COMPUTE) * (g - a)
+            s = beta2.to(COMPUTE) * s + (1.0 - beta2).to(COMPUTE) * g * g
+            size = (rate / correction1).to(COMPUTE)
+            p = p - size * a / (tl.sqrt(s) / tl.sqrt(correction2).to(COMPUTE) + eps.to(COMPUTE))
+            tl.store(params[k] + o, p.to(params[k].dtype.element_ty), mask=m)
+            tl.store(averages[k] + o, a.to(averages[k].dtype.element_ty), mask=m)
+            tl.store(squares[k] + o, s.to(squares[k].dtype.element_ty), mask=m)
+
+
+@triton.jit
+def sgd_kernel(params, grads, buffers, first, counts, decay, momentum, rate, dampening, MAXIMIZE: tl.constexpr, NESTEROV: tl.constexpr,
+               FIRST: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """One SGD step of each tensor k."""
+    i_program = tl.program_id(0)
+    for k in tl.static_range(len(params)):
+        if (i_program >= first[k]) & (i_program < first[k + 1]):
+            i_block = i_program - first[k]
+            if WIDE:
+                i_block = i_block.to(tl.int64)
+            o = i_block * BLOCK + tl.arange(0, BLOCK)
+            m = o < counts[k]
+            p = tl.load(params[k] + o, mask=m).to(COMPUTE)
+            g = tl.load(grads[k] + o, mask=m).to(COMPUTE)
+            if MAXIMIZE:
+                g = -g
+            g = g + decay.to(COMPUTE) * p
+            if len(buffers) > 0:
+                if FIRST:
+                    b = g
+                else:
+                    b = momentum.to(COMPUTE) * tl.load(buffers[k] + o, mask=m).to(COMPUTE) + (1.0 - dampening).to(COMPUTE) * g
+                tl.store(buffers[k] + o, b.to(buffers[k].dtype.element_ty), mask=m)
+                if NESTEROV:
+                    g = g + momentum.to(COMPUTE) * b
+                else:
+                    g = b
+            p = p - rate.to(COMPUTE) * g
+            tl.store(params[k] + o, p.to(params[k].dtype.element_ty), mask=m)
+
+
+def _fused(call: Call, kernel: Any, lists: Sequence[int], scalars: Sequence[int], steps: int | None,
+           constants: Sequence[tuple[str, Any]]) -> Plan:
+    """A fused step over ``lists`` (an empty list is left out), with ``scalars`` as run-time numbers in float64."""
+    if call["grad_scale"] is not None or call["found_inf"] is not None:
+        raise Decline("gradient scaling inside the step")
+    dtype, metas = _lists(call, [i for i in lists if call.args[i]])
+    refs = {Arg(i, k): m for i in lists if call.args[i] for k, m in enumerate(metas)}
+    if steps is not None:
+        for k, step in enumerate(call.args[steps]):
+            if step.device.type != call.target.device_type or step.numel != 1 or step.dtype != torch.float32:
+                raise Decline("step counts that are not float32 scalars on the device")
+            refs[Arg(steps, k)] = step
+    numbers = []
+    for i in scalars:
+        value = call.args[i]
+        if value.__class__ is TensorMeta:
+            if value.device.type == call.target.device_type and not call.target.interpreted:
+                raise Decline("a learning rate on the device")
+            numbers.append(Num(i, "fp64", None, True))
+        else:
+            numbers.append(Num(i, "fp64"))
+    live = [k for k, m in enumerate(metas) if m.numel]
+    launches = []
+    for at in range(0, len(live), MAX_TENSORS):
+        group = live[at:at + MAX_TENSORS]
+        tile = choose_flat(sum(metas[k].numel for k in group), dtype.itemsize, call.target)
+        first = _programs([metas[k] for k in group], tile.x)
+        per_list = [tuple(Arg(i, k) for k in group) if call.args[i] else () for i in (*lists, *([steps] if steps is not None else []))]
+        rest = Constants((*constants, ("COMPUTE", TRITON[opmath(dtype)]), ("WIDE", any(metas[k].numel >= 2**31 - 2**17 for k in group)),
+                          ("BLOCK", tile.x)))
+        launches.append(Launch(kernel, (first[-1], 1, 1), (*per_list, tuple(Size(f) for f in first),
+                                                           tuple(extent(metas[k].numel) for k in group), *numbers), rest, tile.warps))
+    moved = 2 * len(refs) * sum(m.numel for m in metas) // max(len(metas), 1) * dtype.itemsize
+    return Plan((), tuple(launches), None, refs, bytes=moved)
+
+
+def _index(call: Call, *names: str) -> list[int]:
+    at = {p.name: i for i, p in enumerate(parameters(call.op))}
+    return [at[n] for n in names]
+
+
+def _adam(call: Call, decoupled: bool) -> Plan:
+    if call["amsgrad"]:
+        raise Decline("amsgrad")
+    return _fused(call, adamw_kernel, (0, 1, 2, 3), _index(call, "lr", "beta1", "beta2", "weight_decay", "eps"), 5,
+                  (("MAXIMIZE", bool(call["maximize"])), ("DECOUPLED", decoupled)))
+
+
+@planned(["aten._fused_adamw_.default", "aten._fused_adamw_.tensor_lr"], family="optimizer", kernel=adamw_kernel)
+def fused_adamw(call: Call) -> Plan:
+    return _adam(call, True)
+
+
+@planned(["aten._fused_adam_.default", "aten._fused_adam_.tensor_lr"], family="optimizer", kernel=adamw_kernel)
+def fused_adam(call: Call) -> Plan:
+    return _adam(call, False)
+
+
+@planned(["aten._fused_sgd_.default", "aten._fused_sgd_.tensor_lr"], family="optimizer", kernel=sgd_kernel, by_value=("momentum",))
+def fused_sgd(call: Call) -> Plan:
+    if not call["momentum"]:
+        call = Call(call.op, (*call.args[:2], (), *call.args[3:]), call.target)
+    elif not call.args[2]:
+        raise Decline("momentum without buffers")
+    return _fused(call, sgd_kernel, (0, 1, 2), _index(call, "weight_decay", "momentum", "lr", "dampening"), None,
+                  (("MAXIMIZE", bool(call["maximize"])), ("NESTEROV", bool(call["nesterov"])), ("FIRST", bool(call["is_first_step"]))))
+
