@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.ops import maths
-from gemsmode.ops.pointwise import INT_TO_FLOAT, Operand, as_operand, build, pointwise
+from gemsmode.ops.pointwise import INT_TO_FLOAT, Operand, as_operand, build, like_input, pointwise
 from gemsmode.ops.promotion import FLOAT, NUMERIC, opmath
 from gemsmode.plan import Alloc, Arg, At, Decline, Into, Out, Plan, contiguous_strides
 from gemsmode.predicates import dtype
@@ -63,7 +63,7 @@ def leaky_relu_backward(grad_output, self, negative_slope):
     return tl.where(self > 0, grad_output, grad_output * negative_slope)
 
 
-@pointwise("aten._prelu_kernel.default", dtypes=FLOAT)
+@pointwise("aten._prelu_kernel.default", dtypes=FLOAT, out_stride=like_input)
 @triton.jit
 def prelu_kernel(self, weight):
     return tl.where(self > 0, self, self * weight)
@@ -96,7 +96,7 @@ def rrelu_with_noise_backward(grad_output, self, noise, lower, upper):
     return _mean_slope(grad_output, self, lower, upper)
 
 
-@pointwise("aten.hardtanh.default", dtypes=_SIGNED)
+@pointwise("aten.hardtanh.default", dtypes=_SIGNED, out_stride=like_input)
 @triton.jit
 def hardtanh(self, min_val, max_val):
     return maths.clip(self, min_val, max_val)
@@ -135,25 +135,25 @@ def softshrink_backward(grad_output, self, lambd):
 @pointwise("aten.hardsigmoid.default", dtypes=FLOAT)
 @triton.jit
 def hardsigmoid(self):
-    return maths.divide(maths.clip(self + 3, 0.0, 6.0), 6.0)
+    return maths.clip(self + 3, 0.0, 6.0) * 0.16666666666666666667
 
 
 @pointwise("aten.hardsigmoid_backward.default", dtypes=FLOAT)
 @triton.jit
 def hardsigmoid_backward(grad_output, self):
-    return tl.where((self > -3) & (self < 3), maths.divide(grad_output, 6.0), 0.0)
+    return tl.where((self > -3) & (self < 3), grad_output * 0.16666666666666666667, 0.0)
 
 
 @pointwise("aten.hardswish.default", dtypes=FLOAT)
 @triton.jit
 def hardswish(self):
-    return maths.divide(self * maths.clip(self + 3, 0.0, 6.0), 6.0)
+    return self * maths.clip(self + 3, 0.0, 6.0) * 0.16666666666666666667
 
 
 @pointwise("aten.hardswish_backward.default", dtypes=FLOAT)
 @triton.jit
 def hardswish_backward(grad_output, self):
-    middle = grad_output * (maths.divide(self, 3.0) + 0.5)
+    middle = grad_output * (self * 0.33333333333333333333 + 0.5)
     return tl.where(self <= -3, 0.0, tl.where(self < 3, middle, grad_output))
 
 
@@ -387,13 +387,13 @@ def _gelu(self):
 
 @triton.jit
 def _gelu_tanh(self):
-    u = self * (1.5957691216057308 + 0.07135481282735836 * self * self)  # 2 u
+    u = self * (1.5957691216057307118 + 0.071354816272600248776 * self * self)  # 2 u
     return maths.divide(self, 1 + maths.exp(-u))
 
 
 @triton.jit
 def _fast_gelu_tanh(self):
-    u = self * (1.5957691216057308 + 0.07135481282735836 * self * self)
+    u = self * (1.5957691216057307118 + 0.071354816272600248776 * self * self)
     return self / (1 + tl.exp(-u))
 
 
@@ -421,18 +421,18 @@ def _gelu_backward(grad_output, self):
 @triton.jit
 def _gelu_tanh_slope(self, s):
     # The derivative of x s with s = sigmoid(2 u), where s' = 2 s (1 - s) u'
-    return s + self * (s * (1 - s)) * (1.5957691216057308 + 0.21406443848207508 * self * self)
+    return s + self * (s * (1 - s)) * (1.5957691216057307118 + 0.21406444881780074633 * self * self)
 
 
 @triton.jit
 def _gelu_tanh_backward(grad_output, self):
-    s = maths.sigmoid(self * (1.5957691216057308 + 0.07135481282735836 * self * self))
+    s = maths.sigmoid(self * (1.5957691216057307118 + 0.071354816272600248776 * self * self))
     return grad_output * _gelu_tanh_slope(self, s)
 
 
 @triton.jit
 def _fast_gelu_tanh_backward(grad_output, self):
-    s = maths.fast_sigmoid(self * (1.5957691216057308 + 0.07135481282735836 * self * self))
+    s = maths.fast_sigmoid(self * (1.5957691216057307118 + 0.071354816272600248776 * self * self))
     return grad_output * _gelu_tanh_slope(self, s)
 
 

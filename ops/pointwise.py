@@ -297,6 +297,12 @@ def _constants(function: Any, kinds: tuple[tuple[int, torch.dtype, torch.dtype],
     return Constants((("FN", function), ("HOW", _how(kinds)), *rest))
 
 
+def like_input(call: Call) -> tuple[int, ...] | None:
+    """For ``out_stride`` of ops whose result is made by ``empty_like`` of the first argument: its strides, if it is dense."""
+    meta = call.args[0]
+    return meta.stride if is_dense(meta.shape, meta.stride) or meta.numel == 0 else None
+
+
 def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Sequence[torch.dtype],
           shape: tuple[int, ...] | None = None, out_stride: tuple[int, ...] | None = None, flops: int = 1) -> Plan:
     """The plan of one elementwise kernel.
@@ -327,7 +333,9 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
     n = 1
     for size in shape:
         n *= size
-    has_number = len(tensors) < len(operands)
+    # A number in the place of a tensor is an operand to TensorIterator; a parameter such as alpha is not.
+    has_number = len(tensors) < len(operands) and any([
+        o.ref.__class__ is Num and parameters(call.op)[o.ref.index].is_tensor for o in operands])
     flat = False
     if call.outs is not None:
         allocs: tuple[Alloc, ...] = ()
@@ -455,8 +463,8 @@ declarations: list[Declaration] = []
 def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = ALL, promote: Sequence[str] | None = None,
               keep: Sequence[str] = (), compute: str | Callable[[torch.dtype], torch.dtype] = "opmath", round_numbers: bool = False,
               outputs: Sequence[torch.dtype | None] = (None,), select: Callable[[Call], Any] | None = None,
-              by_value: Sequence[str] = (), check: Callable[[Call, torch.dtype], None] | None = None, flops: int = 1,
-              name: str | None = None) -> Callable[[Any], Any]:
+              by_value: Sequence[str] = (), check: Callable[[Call, torch.dtype], None] | None = None,
+              out_stride: Callable[[Call], tuple[int, ...] | None] | None = None, flops: int = 1, name: str | None = None) -> Callable[[Any], Any]:
     """Declare a pointwise op.
 
     Args:
@@ -474,6 +482,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
         select: picks the scalar function for a call (by a mode string, say) instead of the decorated one.
         by_value: names of number arguments whose value ``select`` or ``check`` looks at.
         check: raises :class:`~gemsmode.plan.Decline` for calls not served; given the call and the promoted dtype.
+        out_stride: the strides of a new result where they are not ``TensorIterator``'s choice (:func:`like_input`).
         flops: operations an element, for reports.
     """
 
@@ -527,7 +536,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
                     operands.append(as_operand(call, i, common, inner, round_numbers))
             if all(o.meta is None for o in operands):
                 raise Decline("no tensor on the mode's device")
-            return build(call, chosen, operands, [d or result for d in outputs], flops=flops)
+            stride = None if out_stride is None else out_stride(call)
+            return build(call, chosen, operands, [d or result for d in outputs], out_stride=stride, flops=flops)
 
         return function
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.ops import maths
-from gemsmode.ops.pointwise import ALWAYS_BOOL, INT_TO_FLOAT, Operand, as_operand, build, pointwise
+from gemsmode.ops.pointwise import ALWAYS_BOOL, INT_TO_FLOAT, Operand, as_operand, build, like_input, pointwise
 from gemsmode.ops.promotion import ALL, BOOL, FLOAT, INT, NUMERIC, opmath
 from gemsmode.plan import Arg, Decline, Plan
 from gemsmode.predicates import dtype
@@ -134,7 +134,7 @@ def round_decimals(self, decimals):
     return tl.where(decimals < 0, left, tl.where(decimals == 0, maths.round_even(self), right))
 
 
-@pointwise("aten.frexp.Tensor", dtypes=FLOAT, outputs=(None, torch.int32))
+@pointwise("aten.frexp.Tensor", dtypes=FLOAT, outputs=(None, torch.int32), out_stride=like_input)
 @triton.jit
 def frexp(self):
     """Mantissa in [0.5, 1) and exponent; zero, infinities and NaN have exponent 0."""
@@ -209,6 +209,8 @@ def logical_not(self):
 def bitwise_not(self):
     if self.dtype == tl.int1:
         return self == 0
+    elif self.dtype == tl.uint8:  # the interpreter has no -1 of it
+        return self ^ 0xFF
     else:
         return ~self
 
@@ -250,7 +252,7 @@ def nan_to_num(call: Call) -> Plan:
     meta, _, posinf, neginf = call.args
     common = meta.dtype
     if not common.is_floating_point:
-        return build(call, _same, [as_operand(call, 0, common)], [common])
+        return build(call, _same, [as_operand(call, 0, common)], [common], out_stride=like_input(call))
     compute = opmath(common)
     limit = torch.finfo(common).max
 
@@ -267,7 +269,7 @@ def nan_to_num(call: Call) -> Plan:
         elif neginf is None:
             function = _replace_non_finite_64_with_posinf
         operands = [o for o, given in zip(operands, (True, True, posinf is not None, neginf is not None)) if given]
-    return build(call, function, operands, [common])
+    return build(call, function, operands, [common], out_stride=like_input(call))
 
 
 # -- powers and roots --------------------------------------------------------------------------------------------------
