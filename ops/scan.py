@@ -159,11 +159,12 @@ def _pick(values, where, AXIS: tl.constexpr):
 
 
 @triton.jit
-def scan_kernel(outs, p_in, totals, nk, n, chunk, splits, k_sizes, in_steps, out_steps, in_stride, out_stride, params,
+def scan_kernel(outs, p_in, totals, nk, n, steps, splits, k_sizes, in_steps, out_steps, in_stride, out_stride, params,
                 LANE: tl.constexpr, SCAN: tl.constexpr, MERGE: tl.constexpr, POST: tl.constexpr, OTHER: tl.constexpr,
                 HOW: tl.constexpr, IDENTITY: tl.constexpr, STATES: tl.constexpr, INNER: tl.constexpr, LOOP: tl.constexpr,
                 SPLIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Scan [nk, n] along n. Grid: blocks of k, then chunks of `chunk` elements (SPLIT: `totals` [splits, nk] precede them).
+    """Scan [nk, n] along n. Grid: blocks of k, then chunks of `steps` tiles, whose totals [splits, nk] are
+    given (SPLIT).
 
     INNER tiles are [BLOCK_K, BLOCK_N], outer ones [BLOCK_N, BLOCK_K].
     """
@@ -204,10 +205,10 @@ def scan_kernel(outs, p_in, totals, nk, n, chunk, splits, k_sizes, in_steps, out
             carry = (c0,)
         else:
             carry = (c0, tl.full([BLOCK_K], IDENTITY[1], STATES[1]))
-    first = i_s * chunk
+    first = i_s * steps
     if LOOP:
-        for start in range(first, tl.minimum(first + chunk, n), BLOCK_N):
-            r = start + r_tile
+        for step in range(first, tl.minimum(first + steps, tl.cdiv(n, BLOCK_N))):
+            r = step * BLOCK_N + r_tile
             m = m_k & (r < n)
             x = tl.load(p_row + r * in_stride, mask=m, other=OTHER).to(HOW[0]).to(HOW[1])
             state = scan_tile(LANE(x, r, params), carry, SCAN, AXIS)
@@ -217,7 +218,7 @@ def scan_kernel(outs, p_in, totals, nk, n, chunk, splits, k_sizes, in_steps, out
             else:
                 carry = (_pick(state[0], r_tile == BLOCK_N - 1, AXIS), _pick(state[1], r_tile == BLOCK_N - 1, AXIS))
     else:
-        r = first + r_tile
+        r = first * BLOCK_N + r_tile
         m = m_k & (r < n)
         x = tl.load(p_row + r * in_stride, mask=m, other=OTHER).to(HOW[0]).to(HOW[1])
         state = scan_tile(LANE(x, r, params), carry, SCAN, AXIS)
@@ -353,7 +354,7 @@ def scan_plan(call: Call, how: Scan, dim: int, common: torch.dtype, compute: tor
              ("WIDE", wide), ("BLOCK_K", schedule.block_k), ("BLOCK_R", schedule.block_n)), schedule.warps))
     launches.append(Launch(
         scan_kernel, (grid_k, splits, 1),
-        (outs, Arg(0), totals, nk, n, Size(each * schedule.block_n), Size(splits), k_sizes, in_steps, out_steps, stride[axis],
+        (outs, Arg(0), totals, nk, n, Size(each), Size(splits), k_sizes, in_steps, out_steps, stride[axis],
          out_stride[axis], ()),
         (("LANE", how.lane), ("SCAN", how.scan), ("MERGE", how.reduction.merge), ("POST", how.post), ("OTHER", other), ("HOW", loaded),
          ("IDENTITY", how.identity(compute)), ("STATES", tuple([TRITON[d] for d in state_dtypes])), ("INNER", inner),
