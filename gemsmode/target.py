@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import triton
 
+from gemsmode.interpreter import quicken
+
 log = logging.getLogger("gemsmode")
 
 
@@ -120,6 +122,7 @@ def _use_interpreter() -> Target:
     triton.knobs.runtime.interpret = True
     _interpret_triton_library()
     _round_bfloat16()
+    quicken()
     return INTERPRETER
 
 

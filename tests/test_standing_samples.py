@@ -1,0 +1,331 @@
+"""Shapes, layouts and values that break kernels, for every op that a rule serves.
+
+Elementwise ops are called on shapes of their own; the calls of other ops are OpInfo's, laid out anew in memory: what a
+call means stays the same, so every family is tested without a line of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import harness
+import pytest
+import torch
+from harness import Failures, Template, check_call, parameters, served, tensor
+from torch._ops import OpOverload
+
+from gemsmode.registry import short_name
+
+POINTWISE = sorted(harness.pointwise_bases(), key=str)
+EVERY = sorted(harness.bases(), key=str)
+INPLACE = [op for op in sorted(served(), key=str) if op._schema.is_mutable and not any(p.is_out for p in parameters(op))
+           and any(c.variant is not None and c.variant.inplace and c.variant.base in harness.pointwise_bases() for c in served()[op])]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool)
+
+NOT_INTERCEPTED: dict[str, str] = {
+}
+"""Ops of which no call here can be served, and why."""
+
+
+def dtypes_for(op: OpOverload) -> list[torch.dtype]:
+    """float32 and, in a default run, one more that depends on the op's name only."""
+    if harness.OPTIONS.full:
+        return [torch.float32, *DTYPES]
+    other = DTYPES[zlib.crc32(str(op).encode()) % len(DTYPES)]
+    return [torch.float32, torch.bfloat16 if other == torch.float16 else other, torch.int64]
+
+
+def template_for(op: OpOverload, dtype: torch.dtype) -> Template | None:
+    """A call of ``op`` whose arguments other than tensors are worth keeping."""
+    return next((t for t in harness.templates(op, dtype)), None)
+
+
+def with_tensors(op: OpOverload, template: Template, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """``template``'s arguments with its tensors replaced, in order, by ``tensors`` (in its tensors' own dtypes)."""
+    given = iter(tensors)
+
+    def replaced(old: Any) -> Any:
+        if not isinstance(old, torch.Tensor):
+            return old
+        new = next(given)
+        return new if new.dtype == old.dtype else new.to(old.dtype)
+
+    return tuple(replaced(a) for a in template.args)
+
+
+def count_tensors(template: Template) -> int:
+    return sum(isinstance(a, torch.Tensor) for a in template.args)
+
+
+def only_plain_tensors(op: OpOverload) -> bool:
+    return all(not p.is_tensor_list for p in parameters(op))
+
+
+def finish(op: OpOverload, failures: Failures, intercepted: int) -> None:
+    failures.done()
+    name = short_name(op)
+    if name not in NOT_INTERCEPTED:
+        assert intercepted, f"no call was intercepted:\n  {harness.reasons([op])}"
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def sliced(shape: Sequence[int], dtype: torch.dtype, start: int = 0) -> torch.Tensor:
+    """Gaps between the elements and a storage offset that no vector load is aligned to."""
+    x = tensor((*shape[:-1], shape[-1] * 2 + 1), dtype, start)
+    return x[..., 1::2]
+
+
+def permuted(shape: Sequence[int], dtype: torch.dtype, start: int = 0) -> torch.Tensor:
+    order = [*range(1, len(shape), 2), *range(0, len(shape), 2)]
+    x = tensor([shape[d] for d in order], dtype, start)
+    return x.permute([order.index(d) for d in range(len(shape))])
+
+
+def offset(shape: Sequence[int], dtype: torch.dtype, start: int = 0) -> torch.Tensor:
+    n = math.prod(shape)
+    return tensor((n + 1,), dtype, start)[1:].view(tuple(shape))
+
+
+def expanded(shape: Sequence[int], dtype: torch.dtype, start: int = 0) -> torch.Tensor:
+    return tensor((1, *shape[1:]), dtype, start).expand(tuple(shape))
+
+
+def channels_last(shape: Sequence[int], dtype: torch.dtype, start: int = 0) -> torch.Tensor:
+    return tensor(shape, dtype, start).contiguous(memory_format=torch.channels_last)
+
+
+Make = Callable[[Sequence[int], torch.dtype, int], torch.Tensor]
+
+SHAPES: dict[str, tuple[tuple[Make, tuple[int, ...]], ...]] = {
+    # one maker and shape an operand; the last serves all further operands
+    "empty": ((tensor, (0,)),),
+    "empty in the middle": ((tensor, (3, 0, 5)), (tensor, (1, 5))),
+    "0-dim": ((tensor, ()),),
+    "0-dim beside 1-dim": ((tensor, ()), (tensor, (4,))),
+    "1-dim beside 0-dim": ((tensor, (4,)), (tensor, ())),
+    "one element": ((tensor, (1,)),),
+    "one element of three dimensions": ((tensor, (1, 1, 1)), (tensor, (1,))),
+    "odd": ((tensor, (3, 5, 7)),),
+    "a prime": ((tensor, (1031,)),),
+    "row": ((tensor, (33, 65)), (tensor, (65,))),
+    "column": ((tensor, (33, 65)), (tensor, (33, 1))),
+    "outer": ((tensor, (33, 1)), (tensor, (1, 65))),
+    "outer of three dimensions": ((tensor, (3, 1, 5)), (tensor, (4, 1))),
+    "transposed": ((permuted, (33, 65)),),
+    "transposed beside dense": ((tensor, (33, 65)), (permuted, (33, 65))),
+    "sliced": ((sliced, (33, 17)), (tensor, (33, 17))),
+    "sliced on both sides": ((sliced, (9, 17)),),
+    "unaligned": ((offset, (33, 64)),),
+    "unaligned beside aligned": ((tensor, (33, 64)), (offset, (33, 64))),
+    "expanded": ((tensor, (33, 17)), (expanded, (33, 17))),
+    "expanded on both sides": ((expanded, (33, 17)),),
+    "channels_last": ((channels_last, (2, 3, 5, 7)),),
+    "channels_last beside contiguous": ((channels_last, (2, 3, 5, 7)), (tensor, (2, 3, 5, 7))),
+    "channels_last and channels": ((channels_last, (2, 3, 5, 7)), (tensor, (3, 1, 1))),
+    "five dimensions": ((permuted, (2, 3, 2, 3, 5)), (sliced, (2, 3, 2, 3, 5))),
+    "six dimensions": ((permuted, (2, 3, 2, 3, 2, 3)), (sliced, (2, 3, 2, 3, 2, 3))),
+    "six dimensions, broadcast": ((sliced, (2, 1, 2, 3, 1, 3)), (permuted, (2, 3, 1, 3, 2, 3))),
+}
+
+
+@pytest.mark.parametrize("op", POINTWISE, ids=short_name)
+def test_shapes(op: OpOverload) -> None:
+    failures, intercepted = Failures(), 0
+    for dtype in dtypes_for(op):
+        template = template_for(op, dtype)
+        if template is None or not only_plain_tensors(op):
+            continue
+        for name, makers in SHAPES.items():
+            operands = [make(shape, dtype, 31 * i) for i, (make, shape) in
+                        enumerate(makers[min(j, len(makers) - 1)] for j in range(count_tensors(template)))]
+            args = with_tensors(op, template, operands)
+
+            def check(args: tuple[Any, ...] = args) -> None:
+                nonlocal intercepted
+                intercepted += check_call(op, args)
+
+            failures.check(name, check)
+    finish(op, failures, intercepted)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def special(dtype: torch.dtype) -> torch.Tensor:
+    """Extremes, infinities, NaN, zeros of both signs, the smallest numbers, halves and the places where maths has kinks."""
+    if dtype == torch.bool:
+        return torch.tensor([False, True])
+    if not dtype.is_floating_point:
+        info = torch.iinfo(dtype)
+        return torch.tensor([info.min, info.min + 1, -1 if info.min else 0, 0, 1, 2, 3, 7, info.max - 1, info.max], dtype=dtype)
+    finfo = torch.finfo(dtype)
+    values = [math.nan, math.inf, -math.inf, finfo.max, finfo.min, finfo.tiny, -finfo.tiny, finfo.smallest_normal / 4, finfo.eps,
+              0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 1.5, -1.5, 2.0, 2.5, 3.0, -3.0, 6.0, 10.0, -10.0, 20.0, 88.0, -88.0, 90.0, -104.0, 1e4, -1e4]
+    return torch.tensor(values, dtype=torch.float64).to(dtype)
+
+
+UNDEFINED: dict[str, str] = {
+    # "op": "why its results for extremal values are not PyTorch's to promise"
+    "_to_copy": "C++ leaves the conversion of NaN and of out-of-range numbers to integers undefined",
+    "copy_": "as _to_copy", "copy": "as _to_copy",
+}
+
+
+@pytest.mark.parametrize("op", POINTWISE, ids=short_name)
+def test_extremal_values(op: OpOverload) -> None:
+    """Every pair of special values meets."""
+    if op._schema.name.partition("::")[2] in UNDEFINED:
+        pytest.skip(UNDEFINED[op._schema.name.partition("::")[2]])
+    failures, intercepted = Failures(), 0
+    for dtype in dtypes_for(op):
+        template = template_for(op, dtype)
+        if template is None or not only_plain_tensors(op):
+            continue
+        values = special(dtype).to(harness.OPTIONS.device)
+        n = len(values)
+        first = values[:, None].expand(n, n).contiguous()
+        others = [values[None, :].expand(n, n).contiguous(), values.flip(0)[None, :].roll(n // 2).expand(n, n).contiguous()]
+        count = count_tensors(template)
+        operands = ([first] + others * 3)[:count] if count > 1 else [values]
+        args = with_tensors(op, template, operands)
+
+        def check(args: tuple[Any, ...] = args) -> None:
+            nonlocal intercepted
+            intercepted += check_call(op, args)
+
+        failures.check(f"special values of {str(dtype).removeprefix('torch.')}", check)
+    failures.done()
+    if not intercepted:
+        pytest.skip(f"PyTorch takes none of these calls, or a rule declines them:\n  {harness.reasons([op])}")
+
+
+# -- layouts of any op's calls -----------------------------------------------------------------------------------------
+
+
+def relaid_transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x
+
+
+def relaid_sliced(x: torch.Tensor) -> torch.Tensor:
+    if not x.ndim:
+        return x
+    room = torch.full((*x.shape[:-1], x.shape[-1] * 2 + 1), 7, device=x.device).to(x.dtype)
+    view = room[..., 1::2]
+    view.copy_(x)
+    return view
+
+
+def relaid_offset(x: torch.Tensor) -> torch.Tensor:
+    room = torch.full((x.numel() + 1,), 7, device=x.device).to(x.dtype)
+    view = room[1:].view(x.shape)
+    view.copy_(x)
+    return view
+
+
+def relaid_expanded(x: torch.Tensor) -> torch.Tensor:
+    return x[:1].expand(x.shape) if x.ndim and x.shape[0] > 1 else x
+
+
+def relaid_last(x: torch.Tensor) -> torch.Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[x.ndim]) if x.ndim in formats else x
+
+
+LAYOUTS = {"transposed": relaid_transposed, "sliced": relaid_sliced, "unaligned": relaid_offset, "expanded": relaid_expanded,
+           "channels_last": relaid_last}
+
+
+@pytest.mark.parametrize("op", EVERY, ids=short_name)
+def test_layouts(op: OpOverload) -> None:
+    """OpInfo's calls with all tensors, and with only the first, laid out in other ways."""
+    failures, intercepted, ran = Failures(), 0, 0
+    for dtype in (torch.float32, torch.int64, torch.bool):
+        found = [t for t in harness.templates(op, dtype) if harness.elements(t.args) > 1]
+        if not found or (ran and not harness.OPTIONS.full):
+            continue
+        found = harness.thin(sorted(found, key=lambda t: -max(a.ndim for a in harness.tree_leaves(t.args) if isinstance(a, torch.Tensor))),
+                             3, lambda t: harness.elements(t.args))
+        for template in found:
+            for name, relaid in LAYOUTS.items():
+                for which in ("all", "the first"):
+                    seen = False
+
+                    def change(a: Any, relaid: Any = relaid, which: str = which) -> Any:
+                        nonlocal seen
+                        if not isinstance(a, torch.Tensor) or (which == "the first" and seen):
+                            return a
+                        seen = True
+                        return relaid(a)
+
+                    args = harness.tree_map(change, template.args)
+                    if all(a is b for a, b in zip(harness.tree_leaves(args), harness.tree_leaves(template.args))):
+                        continue
+                    ran += 1
+
+                    def check(args: tuple[Any, ...] = args) -> None:
+                        nonlocal intercepted
+                        intercepted += check_call(op, args)
+
+                    failures.check(f"{which} {name}", check)
+    if not ran:
+        pytest.skip("no call of this op has a tensor of several elements")
+    finish(op, failures, intercepted)
+
+
+@pytest.mark.parametrize("op", [op for op in EVERY if op not in harness.pointwise_bases()], ids=short_name)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_non_finite_values(op: OpOverload, value: float) -> None:
+    """OpInfo's calls with one non-finite number in the first floating-point tensor."""
+    failures, ran = Failures(), 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for template in harness.thin([t for t in harness.templates(op, dtype) if harness.elements(t.args) > 1], 3,
+                                     lambda t: harness.elements(t.args)):
+            args = harness.own_memory(template.args)
+            first = next((a for a in harness.tree_leaves(args) if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel()), None)
+            if first is None or harness.gemsmode.TensorMeta.of(first).may_overlap_itself:
+                continue
+            first[tuple(s // 2 for s in first.shape)] = value
+            ran += 1
+
+            def check(args: tuple[Any, ...] = args) -> None:
+                check_call(op, args)
+
+            failures.check(str(value), check)
+    failures.done()
+    if not ran:
+        pytest.skip("no call of this op has a floating-point tensor")
+
+
+# -- in-place through views --------------------------------------------------------------------------------------------
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rows": lambda x: x[:2], "columns": lambda x: x[:, ::2], "transposed": lambda x: x.t(), "inner": lambda x: x[1:-1, 3:-1],
+    "one": lambda x: x[2:3, 4], "none": lambda x: x[:0],
+}
+
+
+@pytest.mark.parametrize("op", INPLACE, ids=short_name)
+def test_inplace_through_views(op: OpOverload) -> None:
+    """``a[:2] *= 3``: the view changes, the memory around it does not."""
+    failures, intercepted = Failures(), 0
+    for dtype in dtypes_for(op)[:2]:
+        template = template_for(op, dtype)
+        if template is None or not only_plain_tensors(op):
+            continue
+        for name, view in VIEWS.items():
+            written = view(tensor((6, 11), dtype))
+            others = [tensor(written.shape, dtype, 100 + i) for i in range(count_tensors(template) - 1)]
+            args = with_tensors(op, template, [written, *others])
+
+            def check(args: tuple[Any, ...] = args) -> None:
+                nonlocal intercepted
+                intercepted += check_call(op, args)
+
+            failures.check(name, check)
+    finish(op, failures, intercepted)
