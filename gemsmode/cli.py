@@ -138,6 +138,8 @@ def _demo(options: argparse.Namespace, out: Console) -> int:
         raise UsageError(f"--dtype takes {', '.join(str(d).removeprefix('torch.') for d in demo.TOLERANCE)}, not {options.dtype!r}")
     if not path.is_file():
         raise UsageError(f"there is no file {path} to read; leave --text out for the one that comes with gemsmode")
+    if not path.stat().st_size:
+        raise UsageError(f"{path} is empty; the demo needs a text to read")
     with _progress("running two models natively and under the mode"):
         outcomes, report = demo.run(options.size, path, dtype, allow=options.allow, deny=options.deny)
     out.print(Text(f"A decoder and an encoder on {path.stat().st_size:,} bytes of {path.name}, forward and backward", style="bold"))
@@ -148,14 +150,14 @@ def _demo(options: argparse.Namespace, out: Console) -> int:
         table.add_row(o.name, f"{o.parameters:,}", f"{o.loss_native:.6f}", f"{o.loss_gems:.6f}", f"{o.logits:.1e}", f"{o.gradients:.1e}",
                       f"{1e3 * o.native_s:.2f} ms", f"{1e3 * o.gems_s:.2f} ms", f"{o.native_s / o.gems_s:.2g}x")
     _print(out, table)
-    out.print("Apart: largest difference, relative to the largest entry. Time of a forward and backward, traced in the interpreter.\n"
-              if report.environment["interpreter"] else
-              "Apart: largest difference, relative to the largest entry. Time of a forward and backward, not traced, median.\n", highlight=False)
+    how = "traced, in the interpreter" if report.environment["interpreter"] else "not traced, median"
+    out.print(f"Apart: largest difference, relative to the largest entry. Time of a forward and backward: {how}.\n", highlight=False)
     _show(report, options, out)
     limit = demo.TOLERANCE[dtype or next(iter(_dtypes_of(report)))]
     far = [o for o in outcomes if not max(o.logits, o.gradients) <= limit]
     for o in far:
-        out.print(f"[bold red]too far apart[/]: {o.name}, gradient of {o.worst}: {max(o.logits, o.gradients):.2g}, where {limit:.2g} is allowed")
+        where = f"gradient of {o.worst}" if o.gradients >= o.logits else "logits"
+        out.print(f"[bold red]too far apart[/]: {o.name}, {where}: {max(o.logits, o.gradients):.2g}, where {limit:.2g} is allowed")
     return 1 if far else 0
 
 
@@ -172,7 +174,8 @@ def _report(options: argparse.Namespace, out: Console) -> int:
     if module is None and script is None:
         raise UsageError("give a script to run (gemsmode report SCRIPT.py) or a module (gemsmode report -m MODULE)")
     if module is None and not Path(script).is_file():
-        raise UsageError(f"there is no file {script} to run" + (f"; to run the module {script}, write -m {script}" if not script.endswith(".py") else ""))
+        hint = "" if script.endswith(".py") else f"; to run a module, write -m {script}"
+        raise UsageError(f"there is no file {script} to run{hint}")
     _check_outputs(options)
     argv, path = sys.argv, list(sys.path)
     code = 0
@@ -278,12 +281,13 @@ def _ops(options: argparse.Namespace, out: Console) -> int:
 
     gemsmode.load_ops()
     pattern = plain_name(options.pattern) if options.pattern else None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for op, candidates in default.overloads().items():
         name = short_name(op)
         packet = op._schema.name.partition("::")[2]
         families = {c.rule.family for c in candidates}
-        if pattern is not None and not any(fnmatch.fnmatchcase(n, pattern) for n in (name, packet, f"{packet}.{op._overloadname or 'default'}", *families)):
+        names = (name, packet, f"{packet}.{op._overloadname or 'default'}", *families)
+        if pattern is not None and not any(fnmatch.fnmatchcase(n, pattern) for n in names):
             continue
         own = [c for c in candidates if c.variant is None]
         derived = None if own or not candidates or candidates[0].variant is None else short_name(candidates[0].variant.base)
@@ -320,6 +324,7 @@ def _short_path(file: str) -> str:
 def _explain(options: argparse.Namespace, out: Console) -> int:
     import gemsmode
 
+    gemsmode.load_ops()
     args, kwargs = _split_arguments(options.args)
     mode = gemsmode.GemsMode(allow=options.allow, deny=options.deny) if options.allow or options.deny else None
     try:
@@ -393,7 +398,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 def _add_report_options(parser: argparse.ArgumentParser) -> None:
     _add_selection(parser)
-    parser.add_argument("--by", choices=("overload", "op", "shape", "module"), default="overload", help="what a row stands for (default: overload)")
+    parser.add_argument("--by", choices=("overload", "op", "shape", "module"), default="overload",
+                        help="what a row stands for (default: overload)")
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="rows of each table (default: 20)")
     for name, text in (("json", "JSON"), ("csv", "CSV"), ("html", "one self-contained page"), ("markdown", "Markdown"),
                        ("chrome-trace", "a timeline for ui.perfetto.dev")):
@@ -425,7 +431,8 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     demo = command("demo", _demo, "run two small models on a real text, natively and under the mode",
-                   "examples:\n  gemsmode demo\n  gemsmode demo --size large --dtype float16\n  gemsmode demo --text README.md --html demo.html\n")
+                   "examples:\n  gemsmode demo\n  gemsmode demo --size large --dtype float16\n"
+                   "  gemsmode demo --text README.md --html demo.html\n")
     demo.add_argument("--size", choices=("tiny", "small", "large"), help="default: tiny in the interpreter, small on a GPU")
     demo.add_argument("--text", metavar="FILE", help="the bytes to read (default: a speech that comes with gemsmode)")
     demo.add_argument("--dtype", metavar="DTYPE", help="of the weights (default: float32 in the interpreter, bfloat16 on a GPU)")

@@ -208,7 +208,7 @@ def run_model(name: str, size: Size, tokens: torch.Tensor, dtype: torch.dtype, t
         options: of the mode without a trace that is timed.
     """
     torch.manual_seed(seed)
-    model = {"decoder": Decoder, "encoder": Encoder}[name](size).to(tokens.device, dtype)
+    model = (Decoder(size) if name == "decoder" else Encoder(size)).to(tokens.device, dtype)
     synchronize: Callable[[], None] = (lambda: torch.accelerator.synchronize()) if tokens.device.type != "cpu" else (lambda: None)
     logits, loss, gradients = _step(model, tokens)  # also warms up
     native_s = _median_time(lambda: _step(model, tokens), size.repeats, synchronize)

@@ -50,7 +50,8 @@ def _devices() -> list[Check]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            found.append(Check(f"device {i}", "ok", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} multiprocessors"))
+            text = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} multiprocessors"
+            found.append(Check(f"device {i}", "ok", text))
     if target.interpreted:
         forced = os.environ.get("TRITON_INTERPRET") == "1" and torch.accelerator.is_available()
         why = "TRITON_INTERPRET=1 is set" if forced else "PyTorch sees no GPU"

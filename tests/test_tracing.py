@@ -68,15 +68,20 @@ def calls_by_overload(report: Report) -> Counter[str]:
     return found
 
 
+F32 = ("float32",)
 RECORDS = (
-    Record("aten.add.Tensor", "rule", "add", None, ("f32[8,8]", "f32[8]"), ("float32",), "Net.a", "forward", 6, 0.003, None, 0, 0, 512, 64, 288),
-    Record("aten.add.Tensor", "rule", "add", None, ("f32[4]", "f32[4]"), ("float32",), "Net.b", "backward", 2, 0.001, None, 0, 0, 48, 4, 32),
-    Record("aten.add.Tensor", "pass", None, "complex64 is complex", ("c64[4]", "c64[4]"), ("complex64",), "Net.b", "forward", 1, 0.0005, touched=64),
-    Record("aten.mm.default", "pass", None, "no rule", ("f32[8,8]", "f32[8,8]"), ("float32",), "Net.a", "forward", 3, 0.0125, touched=512),
-    Record("aten.exp.default", "error", "exp", "OutOfResources: shared memory", ("f32[8]",), ("float32",), "", "forward", 1, 0.001, touched=32),
-    Record("aten.view.default", "view", None, "a view, an allocation or metadata", ("f32[8,8]",), ("float32",), "Net.a", "forward", 7, 0.0002, touched=256),
+    Record("aten.add.Tensor", "rule", "add", None, ("f32[8,8]", "f32[8]"), F32, "Net.a", calls=6, host_s=0.003, bytes=512, flops=64,
+           touched=288),
+    Record("aten.add.Tensor", "rule", "add", None, ("f32[4]", "f32[4]"), F32, "Net.b", "backward", 2, 0.001, bytes=48, flops=4, touched=32),
+    Record("aten.add.Tensor", "pass", None, "complex64 is complex", ("c64[4]", "c64[4]"), ("complex64",), "Net.b", calls=1, host_s=0.0005,
+           touched=64),
+    Record("aten.mm.default", "pass", None, "no rule", ("f32[8,8]", "f32[8,8]"), F32, "Net.a", calls=3, host_s=0.0125, touched=512),
+    Record("aten.exp.default", "error", "exp", "OutOfResources: shared memory", ("f32[8]",), F32, calls=1, host_s=0.001, touched=32),
+    Record("aten.view.default", "view", None, "a view, an allocation or metadata", ("f32[8,8]",), F32, "Net.a", calls=7, host_s=0.0002,
+           touched=256),
 )
-ENVIRONMENT = {"gemsmode": "0.1.0", "torch": "2.13.0", "triton": "3.7.0", "python": "3.11", "device": "a GPU", "interpreter": False, "timing": "wall"}
+ENVIRONMENT = {"gemsmode": "0.1.0", "torch": "2.13.0", "triton": "3.7.0", "python": "3.11", "device": "a GPU", "interpreter": False,
+               "timing": "wall"}
 REPORT = Report(RECORDS, ENVIRONMENT, ("something to know",), 0.5)
 
 
@@ -248,7 +253,8 @@ def test_forward_and_backward_belong_to_modules() -> None:
     assert modules_of(report, "aten.relu.default") == {("Block.inner.1", "forward"): 1}
     assert modules_of(report, "aten.threshold_backward.default") == {("Block.inner.1", "backward"): 1}
     # Weight gradients of both products, and the input's of the second alone.
-    assert modules_of(report, "aten.mm.default") == {("Block.out", "forward"): 1, ("Block.out", "backward"): 2, ("Block.inner.0", "backward"): 1}
+    assert modules_of(report, "aten.mm.default") == {
+        ("Block.out", "forward"): 1, ("Block.out", "backward"): 2, ("Block.inner.0", "backward"): 1}
     assert modules_of(report, "aten.mul.Tensor") == {("Block", "forward"): 1, ("Block", "backward"): 1, ("", "backward"): 1}
     totals = {row.label: row.calls for row in report.modules()}
     assert totals["Block", "forward"] == 4 and totals["Block.inner", "forward"] == 2
@@ -458,7 +464,8 @@ def test_calls_on_another_device_take_host_time() -> None:
 
 
 def test_rates_come_from_what_rules_state() -> None:
-    record = Record("aten.mm.default", "rule", "mm", calls=4, captured=2, host_s=1.0, device_s=0.002, device_calls=2, bytes=10**9, flops=3 * 10**12)
+    record = Record("aten.mm.default", "rule", "mm", calls=4, captured=2, host_s=1.0, device_s=0.002, device_calls=2,
+                    bytes=10**9, flops=3 * 10**12)
     (row,) = Report((record,)).rows()
     assert row.gb_per_s == pytest.approx(2 / 0.002)
     assert row.tflop_per_s == pytest.approx(6 / 0.002)
@@ -574,7 +581,8 @@ def test_chrome_trace_nests(tmp_path: Any) -> None:
     trace = json.loads(mode.report.to_chrome_trace(tmp_path / "trace.json"))
     events = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     assert sum(e["cat"] != "module" for e in events) == mode.report.calls
-    slices = {e["name"]: e for e in reversed(sorted(events, key=lambda e: e["ts"])) if e["cat"] == "module"}  # the first of each name
+    first = sorted(events, key=lambda e: e["ts"], reverse=True)
+    slices = {e["name"]: e for e in first if e["cat"] == "module"}
     relu = next(e for e in events if e["name"] == "relu")
     assert relu["args"]["module"] == "Block.inner.1"
 
@@ -610,7 +618,7 @@ view        view -> absent     7 -> 0      200 us -> 0  -200 us"""
 
 
 def test_difference_of_two_reports() -> None:
-    after = Report((RECORDS[0], Record("aten.mm.default", "rule", "mm", None, ("f32[8,8]", "f32[8,8]"), ("float32",), calls=3, host_s=0.005),
+    after = Report((RECORDS[0], Record("aten.mm.default", "rule", "mm", None, ("f32[8,8]", "f32[8,8]"), F32, calls=3, host_s=0.005),
                     Record("aten.sin.default", "pass", None, "no rule", calls=2, host_s=0.001)), ENVIRONMENT)
     difference = REPORT.diff(after)
     assert [c.overload for c in difference.changes[:2]] == ["aten.mm.default", "aten.add.Tensor"]

@@ -29,7 +29,7 @@ class Pending(NamedTuple):
     mark: Mark
     end: Any
     row: Any
-    index: int
+    place: int
 
 
 class DeviceClock:

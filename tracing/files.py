@@ -32,7 +32,7 @@ def check(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; name a file in it")
     if target.is_file() and not overwrite and not is_report(target):
-        raise NotAReportError(f"{target} exists and is not a gemsmode report; choose another name, or overwrite=True (--force) to replace it")
+        raise NotAReportError(f"{target} exists and is not a gemsmode report; choose another name, or replace it: overwrite=True, --force")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} to")
     return target

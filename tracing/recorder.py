@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import triton
-from torch._C._autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch._C._autograd import _profiler_enabled
 from torch._C._profiler import _RecordFunctionFast
-from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
+from torch.autograd import _get_sequence_nr
 from torch.utils._dtype_abbrs import dtype_abbrs
 
 from gemsmode.handlers import Decision
@@ -194,12 +194,12 @@ class Recorder:
         else:
             module, phase = self.modules.backward_module(place), "backward"
         try:
-            shapes = _shapes(args)
-            key = (id(op), decision.kind, decision.rule, decision.reason, decision.bytes, decision.flops, shapes, module, phase)
+            shapes: Any = _shapes(args)
+            key: Any = (id(op), decision.kind, decision.rule, decision.reason, decision.bytes, decision.flops, shapes, module, phase)
             row = buffer.rows.get(key)
         except Exception:  # nested tensors and the like have no shape
             key = (id(op), decision.kind, decision.rule, decision.reason, None, None, None, module, phase)
-            shapes, row = None, buffer.rows.get(key)  # type: ignore[assignment]
+            shapes, row = None, buffer.rows.get(key)
         if row is None:
             row = self._new_row(buffer, key, op, decision, shapes, module, phase, args)
         row.calls += 1
@@ -249,7 +249,8 @@ class Recorder:
         for buffer in buffers:
             for key, totals in list(buffer.rows.items()):
                 merged.setdefault(key, []).append(totals)
-        records, numbers = [], {}
+        records: list[Record] = []
+        numbers: dict[int, int] = {}
         for rows in merged.values():
             numbers.update((row.number, len(records)) for row in rows)
             records.append(self._record(rows))

@@ -329,8 +329,8 @@ class Report:
             raise ValueError(f"expected a gemsmode report of version {FORMAT_VERSION} or earlier, as JSON; "
                              f"write one with report.to_json(path) or `gemsmode report --json PATH`")
         known = {f.name for f in dataclasses.fields(Record)}
-        records = tuple(Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items() if k in known})
-                        for r in data["records"])
+        values: Any = ({k: tuple(v) if isinstance(v, list) else v for k, v in r.items() if k in known} for r in data["records"])
+        records = tuple(Record(**v) for v in values)
         return cls(records, data.get("environment", {}), tuple(data.get("notes", ())), data.get("wall_s", 0.0))
 
     @classmethod
@@ -343,8 +343,8 @@ class Report:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError:
-            data = None
-        return cls.from_dict(data)  # type: ignore[arg-type]
+            data = {}
+        return cls.from_dict(data)
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> str:
         """JSON of :meth:`to_dict`; written to ``path`` if given, which must not be a file of another kind."""

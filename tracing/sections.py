@@ -183,20 +183,26 @@ def difference(diff: Difference, limit: int | None = 20) -> tuple[list[str], Sec
     """The two reports in a line each, and what changed."""
     lines = []
     for name, report in (("before", diff.before), ("after", diff.after)):
-        c, e = report.coverage, report.environment
+        coverage, e = report.coverage, report.environment
         where = ", ".join([str(e["device"])] * ("device" in e) + [f"{k} {e[k]}" for k in ("torch", "gemsmode") if k in e])
         lines.append(f"{name}: {count(report.calls, 'call')}, compute {seconds(sum(r.time_s for r in report.compute))}, "
-                     f"coverage {percent(c.calls)} of calls, {percent(c.time)} of time" + (f" ({where})" if where else ""))
-    changed = [c for c in diff.changes if c.calls_before != c.calls_after or c.decision_before != c.decision_after or c.time_before != c.time_after]
+                     f"coverage {percent(coverage.calls)} of calls, {percent(coverage.time)} of time" + (f" ({where})" if where else ""))
+    changed = [c for c in diff.changes
+               if (c.calls_before, c.decision_before, c.time_before) != (c.calls_after, c.decision_after, c.time_after)]
     if not changed:
         return lines, Section("No difference")
     rows = []
     for c in changed[:limit]:
-        decision = f"{c.decision_before or 'absent'} -> {c.decision_after or 'absent'}" if c.decision_before != c.decision_after else c.decision_after or ""
-        calls = f"{c.calls_before:,} -> {c.calls_after:,}" if c.calls_before != c.calls_after else f"{c.calls_after:,}"
+        decision = _step(c.decision_before or "absent", c.decision_after or "absent")
+        calls = _step(f"{c.calls_before:,}", f"{c.calls_after:,}")
         delta = c.time_after - c.time_before
         change = f"{'-' if delta < 0 else '+'}{seconds(abs(delta))}"
         if c.time_before and c.time_after:
             change += f" ({c.time_after / c.time_before:.2f}x)"
         rows.append([short(c.overload), decision, calls, f"{seconds(c.time_before)} -> {seconds(c.time_after)}", change])
-    return lines, Section("Changed", "", count(len(changed), "overload"), ("overload", "decision", "calls", "time", "change"), rows, len(changed) - len(rows))
+    columns = ("overload", "decision", "calls", "time", "change")
+    return lines, Section("Changed", "", count(len(changed), "overload"), columns, rows, len(changed) - len(rows))
+
+
+def _step(before: str, after: str) -> str:
+    return after if before == after else f"{before} -> {after}"

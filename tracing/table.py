@@ -35,8 +35,8 @@ def _section(section: Section) -> list[Any]:
     if section.columns:
         table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
         for name in section.columns:
-            fold = name in FOLDED
-            table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=not fold, overflow="fold" if fold else "ellipsis")
+            table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=name not in FOLDED,
+                             overflow="fold" if name in FOLDED else "ellipsis")
         for row in section.rows:
             table.add_row(*map(Text, row))
         parts.append(table)
