@@ -78,12 +78,23 @@ def stride(value: int) -> int | Size:
 
 
 class Alloc(NamedTuple):
-    """A tensor to allocate. ``zero``: filled with zeros first."""
+    """A tensor to allocate.
+
+    Attributes:
+        shape: its sizes.
+        stride: its strides.
+        dtype: its dtype.
+        zero: whether it is filled with zeros first.
+        seed: if not None, one random int64 from PyTorch's generator: the op's argument of that number, or the device's
+            default generator if that argument is None or the number negative. PyTorch draws it on the device, so that
+            it is drawn afresh at each replay of a CUDA graph.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     zero: bool = False
+    seed: int | None = None
 
     @property
     def meta(self) -> TensorMeta:
@@ -250,7 +261,7 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
     if _poisoned:
         empty = _poisoned_empty(empty)
     if target.interpreted:
-        return _bind_generic(plan, empty, native, [functools.partial(launch.interpreted_launch, s, step.grid)
+        return _bind_generic(plan, target.device_type, empty, native, [functools.partial(launch.interpreted_launch, s, step.grid)
                                                    for s, step in zip(specs(plan), plan.launches)])
     several_devices = torch.cuda.device_count() > 1
     returns = plan.returns
@@ -284,7 +295,7 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         values[position + 4:position + 4] = e.before
     enter_hooks, exit_hooks = launch.hook_lists()
     return factory(empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, enter_hooks, exit_hooks,
-                   public, unaligned, native, _number, *values)
+                   public, unaligned, native, _number, _draw, target.device_type, *values)
 
 
 _Ready = tuple["Callable[..., Callable[..., Any]] | None", "list[tuple[Spec, Any]]", Target]
@@ -364,7 +375,7 @@ def _bind_public(plan: Plan, target: Target, device: int, empty: Callable[..., t
     """Run ``plan`` through Triton's public launcher, on ``device`` whichever device is current."""
     wanted = specs(plan, aligned)
     compiled = [launch.compile(s, target, device) for s in wanted]
-    run = _bind_generic(plan, empty, native, [functools.partial(launch.public_launch, c, s, step.grid)
+    run = _bind_generic(plan, target.device_type, empty, native, [functools.partial(launch.public_launch, c, s, step.grid)
                                               for c, s, step in zip(compiled, wanted, plan.launches)])
     module = getattr(torch, target.device_type)
 
@@ -403,7 +414,7 @@ def _shares_memory(rule: Disjoint, args: tuple[Any, ...]) -> bool:
     return written < read + rule.read_bytes and read < written + rule.written_bytes
 
 
-def _bind_generic(plan: Plan, empty: Callable[..., torch.Tensor], native: Callable[..., Any],
+def _bind_generic(plan: Plan, device_type: str, empty: Callable[..., torch.Tensor], native: Callable[..., Any],
                   launches: Sequence[Callable[[tuple[Any, ...]], None]]) -> Callable[..., Any]:
     """Run ``plan`` by walking it: for the interpreter, and where the assembled function cannot serve."""
 
@@ -413,6 +424,9 @@ def _bind_generic(plan: Plan, empty: Callable[..., torch.Tensor], native: Callab
                 return native(*args)
         allocated = []
         for alloc in plan.allocs:
+            if alloc.seed is not None:
+                allocated.append(_draw(device_type, args[alloc.seed] if alloc.seed >= 0 else None))
+                continue
             tensor = empty(alloc.shape, alloc.stride, alloc.dtype)
             allocated.append(tensor.zero_() if alloc.zero else tensor)
         for step, start in zip(plan.launches, launches):
@@ -428,6 +442,10 @@ def _bind_generic(plan: Plan, empty: Callable[..., torch.Tensor], native: Callab
 #
 # One text per structure of plan, closed over the values of each plan. `bind` collects the values in the order in which
 # `_text` names them; the text is not made again for a new size of a known structure.
+
+
+def _draw(device_type: str, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device_type, generator=generator)
 
 
 def _number(value: torch.Tensor) -> Any:
@@ -499,7 +517,11 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
         written_bytes, read_bytes = names(), names()
         lines += [f"    if {differ}{w} < {r} + {read_bytes} and {r} < {w} + {written_bytes}:", f"        return native({given})"]
     for i, alloc in enumerate(plan.allocs):
-        lines.append(f"    out{i} = empty({names()}, {names()}, {names()}){'.zero_()' if alloc.zero else ''}")
+        sizes = f"{names()}, {names()}, {names()}"
+        if alloc.seed is not None:
+            lines.append(f"    out{i} = draw(device_type, {f'a{alloc.seed}' if alloc.seed >= 0 else 'None'})")
+        else:
+            lines.append(f"    out{i} = empty({sizes}){'.zero_()' if alloc.zero else ''}")
         lines.append(f"    q{i} = out{i}.data_ptr()")
     if plan.launches:
         lines.append("    stream = stream_of(device)")
@@ -513,7 +535,7 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
             lines.append(f"    {head}({''.join(_argument(v, names, False) for v in step.args)}))")
     lines.append(f"    return {_returned(plan.returns)}")
     values = "".join(f", v{i}" for i in range(names.count))
-    return (f"def make(empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number{values}):\n"
+    return (f"def make(empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number, draw, device_type{values}):\n"
             + "".join(f"    {line}\n" for line in lines) + "    return run\n")
 
 
