@@ -304,7 +304,8 @@ def like_input(call: Call) -> tuple[int, ...] | None:
 
 
 def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Sequence[torch.dtype],
-          shape: tuple[int, ...] | None = None, out_stride: tuple[int, ...] | None = None, flops: int = 1) -> Plan:
+          shape: tuple[int, ...] | None = None, out_stride: tuple[int, ...] | None = None, flops: int = 1,
+          has_number: bool | None = None) -> Plan:
     """The plan of one elementwise kernel.
 
     Args:
@@ -314,6 +315,8 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
         shape: the results' shape; defaults to the broadcast of the operands'.
         out_stride: strides for new results; defaults to PyTorch's choice for elementwise ops.
         flops: floating-point operations an element, for reports.
+        has_number: a number stands among the operands of PyTorch's ``TensorIterator`` (``x + 2``; not the ``alpha`` of
+            ``add``), which has a say in the results' strides; by default, if any operand is a number.
     """
     tensors = [o.meta for o in operands if o.meta is not None]
     for meta in tensors:
@@ -333,9 +336,8 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
     n = 1
     for size in shape:
         n *= size
-    # A number in the place of a tensor is an operand to TensorIterator; a parameter such as alpha is not.
-    has_number = len(tensors) < len(operands) and any([
-        o.ref.__class__ is Num and parameters(call.op)[o.ref.index].is_tensor for o in operands])
+    if has_number is None:
+        has_number = len(tensors) < len(operands)
     flat = False
     if call.outs is not None:
         allocs: tuple[Alloc, ...] = ()
@@ -537,7 +539,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
             if all(o.meta is None for o in operands):
                 raise Decline("no tensor on the mode's device")
             stride = None if out_stride is None else out_stride(call)
-            return build(call, chosen, operands, [d or result for d in outputs], out_stride=stride, flops=flops)
+            has_number = any([args[index[n]].__class__ is not TensorMeta for n in promoted])
+            return build(call, chosen, operands, [d or result for d in outputs], out_stride=stride, flops=flops, has_number=has_number)
 
         return function
 
