@@ -284,6 +284,40 @@ def test_checkpointed_forwards_run_again_in_the_backward() -> None:
     assert modules_of(mode.report, "aten.relu.default") == {("Block.inner.1", "forward"): 1, ("Block.inner.1", "backward"): 1}
 
 
+def test_a_backward_in_another_thread_finds_the_forward() -> None:
+    first, second = Block(), Block()
+    mode = gemsmode.enable(allow=[], trace=True)
+    try:
+        x = checkpoint(second, first(torch.ones(2, 4)), use_reentrant=False)
+        thread = threading.Thread(target=lambda: x.sum().backward())
+        thread.start()
+        thread.join()
+    finally:
+        gemsmode.disable()
+    assert modules_of(mode.report, "aten.threshold_backward.default") == {
+        ("Block.inner.1", "backward"): 1, ("Block#2.inner.1", "backward"): 1}
+    assert modules_of(mode.report, "aten.relu.default") == {
+        ("Block.inner.1", "forward"): 1, ("Block#2.inner.1", "forward"): 1, ("Block#2.inner.1", "backward"): 1}
+
+
+def test_losses_made_at_every_step_share_a_name() -> None:
+    class Odd(nn.Module):
+        """Defines equality, and so has no hash."""
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.exp()
+
+    with traced() as mode:
+        for _ in range(3):
+            nn.MSELoss()(torch.ones(2), torch.zeros(2))
+        Odd()(torch.ones(2))
+    assert modules_of(mode.report, "aten.mse_loss.default") == {("MSELoss", "forward"): 3}
+    assert modules_of(mode.report, "aten.exp.default") == {("Odd", "forward"): 1}
+
+
 def test_an_exception_in_a_module_leaves_it() -> None:
     class Failing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -592,6 +626,11 @@ def test_chrome_trace_nests(tmp_path: Any) -> None:
 
     assert contains(slices["1"], relu) and contains(slices["inner"], relu)
     assert contains(slices["inner"], slices["1"])
+    earlier = mode.report
+    with mode:
+        torch.ones(2).relu()
+    assert sum(e.get("cat") not in (None, "module") for e in json.loads(earlier.to_chrome_trace())["traceEvents"]) == earlier.calls
+    assert mode.report.calls == earlier.calls + 2
     with pytest.raises(ValueError, match="no timeline"):
         Report.from_dict(mode.report.to_dict()).to_chrome_trace()
 

@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
-from typing import Any
 
 from gemsmode.tracing import sections as content
 from gemsmode.tracing.files import MARKER
@@ -56,6 +54,12 @@ def markdown_text(report: Report) -> str:
 _HOST, _DEVICE = 1, 2  # the trace's "processes": one row of threads for each
 
 
+def _slice(name: str, category: str, start: float, length: float, process: int, thread: int, arguments: str = "{}") -> str:
+    """One event, as JSON; ``arguments`` is JSON already."""
+    return (f'{{"name": {json.dumps(name)}, "cat": "{category}", "ph": "X", "ts": {start:.3f}, "dur": {length:.3f}, '
+            f'"pid": {process}, "tid": {thread}, "args": {arguments}}}')
+
+
 class _Nest:
     """The slices of phase and modules that are open on one thread, from the path of each call in turn.
 
@@ -67,7 +71,7 @@ class _Nest:
         self.open: list[tuple[str, float]] = []
         self.end = 0.0
 
-    def move(self, path: list[str], at: float) -> list[dict[str, Any]]:
+    def move(self, path: list[str], at: float) -> list[str]:
         """Close and open what leads from the last call's path to ``path``; the slices that ended."""
         common = 0
         while common < min(len(path), len(self.open)) and self.open[common][0] == path[common]:
@@ -76,9 +80,8 @@ class _Nest:
         self.open += [(name, at) for name in path[common:]]
         return closed
 
-    def close(self, depth: int = 0) -> list[dict[str, Any]]:
-        closed = [{"name": name, "cat": "module", "ph": "X", "ts": start, "dur": max(self.end - start, 0), "pid": _HOST, "tid": self.thread}
-                  for name, start in self.open[depth:]]
+    def close(self, depth: int = 0) -> list[str]:
+        closed = [_slice(name, "module", start, max(self.end - start, 0), _HOST, self.thread) for name, start in self.open[depth:]]
         del self.open[depth:]
         return closed
 
@@ -87,33 +90,36 @@ def chrome_text(report: Report) -> str:
     """The timeline in the Trace Event Format, which Perfetto and ``chrome://tracing`` open; times are in us."""
     if report._timeline is None:
         raise ValueError("this report was read from a file, which holds no timeline; write the trace from the report of the run itself")
-    entries = report._timeline.entries()
+    entries = report._timeline.entries(report._seen)
     origin = entries[0].start if entries else 0
     threads: dict[int, int] = {}
     nests: dict[int, _Nest] = {}
-    events: list[dict[str, Any]] = []
+    arguments: dict[int, str] = {}
+    events: list[str] = []
+    has_device = False
     for entry in entries:
         number = report._numbers.get(entry.row)
         if number is None:  # begun since the report was made
             continue
         record = report.records[number]
+        if number not in arguments:
+            about = {"decision": record.decision, "rule": record.rule, "reason": record.reason, "inputs": " ".join(record.inputs),
+                     "module": record.module}
+            arguments[number] = json.dumps({key: value for key, value in about.items() if value})
+        name = content.short(record.overload)
         thread = threads.setdefault(entry.thread, len(threads))
         nest = nests.setdefault(thread, _Nest(thread))
         start, length = (entry.start - origin) / 1e3, entry.host_ns / 1e3
         events += nest.move([record.phase, *(record.module.split(".") if record.module else ())], start)
         nest.end = max(nest.end, start + length)
-        about = {"decision": record.decision, "rule": record.rule, "reason": record.reason, "inputs": " ".join(record.inputs),
-                 "module": record.module}
-        arguments = {key: value for key, value in about.items() if value}
-        events.append({"name": content.short(record.overload), "cat": record.decision, "ph": "X", "ts": start, "dur": length,
-                       "pid": _HOST, "tid": thread, "args": arguments})
+        events.append(_slice(name, record.decision, start, length, _HOST, thread, arguments[number]))
         if entry.device_ns:
-            events.append({"name": content.short(record.overload), "cat": record.decision, "ph": "X",
-                           "ts": (entry.device_start - origin) / 1e3, "dur": entry.device_ns / 1e3,
-                           "pid": _DEVICE, "tid": thread, "args": arguments})
+            has_device = True
+            events.append(_slice(name, record.decision, (entry.device_start - origin) / 1e3, entry.device_ns / 1e3, _DEVICE, thread,
+                                 arguments[number]))
     for nest in nests.values():
         events += nest.close()
-    names = [(_HOST, "host"), *([(_DEVICE, "device")] if any(e["pid"] == _DEVICE for e in events) else [])]
-    events += [{"name": "process_name", "ph": "M", "pid": pid, "args": {"name": f"gemsmode: {name}"}} for pid, name in names]
-    return json.dumps({"otherData": {"format": MARKER, "pid": os.getpid(), **report.environment}, "displayTimeUnit": "ms",
-                       "traceEvents": events}) + "\n"
+    for process, name in ((_HOST, "host"), *([(_DEVICE, "device")] if has_device else [])):
+        events.append(json.dumps({"name": "process_name", "ph": "M", "pid": process, "args": {"name": f"gemsmode: {name}"}}))
+    head = json.dumps({"format": MARKER, **report.environment})
+    return f'{{"otherData": {head}, "displayTimeUnit": "ms", "traceEvents": [\n' + ",\n".join(events) + "\n]}\n"

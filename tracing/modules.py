@@ -3,6 +3,10 @@
 Forward: global module hooks, in force only while a recorder is, keep a stack of paths per thread. Backward: autograd
 numbers its nodes as the forward creates them, so the number of the node that is running says during which module's
 forward it was made; an ``AccumulateGrad`` node belongs to the module of its parameter.
+
+Each thread numbers its own nodes, and a node does not say whose number it has. A backward that runs in a thread of
+its own (autograd's, for a GPU) is therefore looked up among the numbers of the first thread that ran a forward: with
+forwards in several threads, or a re-entrant checkpoint on a GPU, some of it may be put to another module.
 """
 
 from __future__ import annotations
@@ -11,13 +15,12 @@ import threading
 from array import array
 from bisect import bisect_right
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd import _get_sequence_nr
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 MAX_MARKS = 1_000_000
 """Module boundaries remembered per thread; the older half goes first, whose backward has long run."""
@@ -28,12 +31,14 @@ _NO_NUMBER = 2**64 - 1
 class Place:
     """Where a thread is: the stack of modules, and the autograd numbers at which the innermost one changed."""
 
-    __slots__ = ("module", "numbers", "paths", "phase", "stack")
+    __slots__ = ("module", "numbers", "paths", "phase", "runs_forwards", "stack")
 
     def __init__(self) -> None:
         self.stack: list[tuple[int, str, str]] = []
         self.module, self.phase = "", "forward"
-        self.numbers, self.paths = array("Q"), [""][:0]
+        self.numbers = array("Q")
+        self.paths: list[str] = []
+        self.runs_forwards = False
 
     def push(self, key: int, module: str, phase: str) -> None:
         self.stack.append((key, module, phase))
@@ -50,6 +55,8 @@ class Place:
     def _moved(self) -> None:
         _, self.module, self.phase = self.stack[-1] if self.stack else (0, "", "forward")
         number = _get_sequence_nr()
+        if not self.runs_forwards:
+            self.runs_forwards = torch._C._current_graph_task_id() == -1
         if self.numbers and self.numbers[-1] == number:
             self.paths[-1] = self.module
             return
@@ -68,7 +75,7 @@ class ModuleTracker:
     """
 
     def __init__(self) -> None:
-        self._names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+        self._names = WeakIdKeyDictionary()  # a module may define equality
         self._parameters = WeakTensorKeyDictionary()
         self._roots: dict[str, int] = {}
         self._local = threading.local()
@@ -125,17 +132,23 @@ class ModuleTracker:
         with self._lock:
             if place.module:
                 root = f"{place.module}.{kind}"
+            elif not module._modules and not module._parameters:
+                root = kind  # a loss made anew at every step, say: not another model
             else:
                 count = self._roots[kind] = self._roots.get(kind, 0) + 1
                 root = kind if count == 1 else f"{kind}#{count}"
-            for name, child in module.named_modules():
+            try:
+                members = list(module.named_modules())
+            except TypeError:  # one of them has no hash
+                members = [("", module)]
+            for name, child in members:
                 path = f"{root}.{name}" if name else root
                 path = path.replace("._orig_mod", "")
                 self._names[child] = path
                 for parameter in child._parameters.values():
                     if parameter is not None:
                         self._parameters.setdefault(parameter, path)
-        return self._names[module]
+        return self._names.get(module, root)
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -160,9 +173,7 @@ class ModuleTracker:
         if number == _NO_NUMBER:
             variable = getattr(node, "variable", None)
             return "" if variable is None else self._parameters.get(variable, "")
-        if not place.numbers:
-            # Autograd's own thread: the forward ran elsewhere. With several forward threads the first one is taken,
-            # since a node does not say which thread numbered it.
-            place = next((p for p in self._places if p.numbers), place)
+        if not place.runs_forwards:
+            place = next((p for p in self._places if p.runs_forwards), place)
         found = bisect_right(place.numbers, number) - 1
         return place.paths[found] if found >= 0 else ""

@@ -244,6 +244,7 @@ class Recorder:
             buffers = list(self._buffers)
             running = self._entered > 0
             wall_ns = self._wall_ns + (time.perf_counter_ns() - self._since if running else 0)
+        seen = len(self.timeline)
         timed = self._clock is None or self._clock.finish([b.pending for b in buffers])
         merged: dict[Any, list[_Totals]] = {}
         for buffer in buffers:
@@ -255,7 +256,7 @@ class Recorder:
             numbers.update((row.number, len(records)) for row in rows)
             records.append(self._record(rows))
         return Report(tuple(records), self._environment(), tuple(self._notes(records, timed)), wall_ns / 1e9,
-                      self.timeline, numbers)
+                      self.timeline, seen, numbers)
 
     def _record(self, rows: list[_Totals]) -> Record:
         first = rows[0]

@@ -216,6 +216,7 @@ class Report:
     notes: tuple[str, ...] = ()
     wall_s: float = 0.0
     _timeline: Timeline | None = field(default=None, repr=False)
+    _seen: int = field(default=0, repr=False)
     _numbers: dict[int, int] = field(default_factory=dict, repr=False)
 
     # -- figures -------------------------------------------------------------------------------------------------------
@@ -305,7 +306,8 @@ class Report:
             ops.append({
                 "overload": overload, "decision": decision, "rule": rule or None, "reason": reason or None,
                 "calls": row.calls, "time_s": row.time_s, "host_s": row.host_s, "device_s": row.device_s,
-                "dtypes": row.dtypes, "gb_per_s": row.gb_per_s, "tflop_per_s": row.tflop_per_s,
+                "dtypes": row.dtypes, "bytes": row.bytes or None, "flops": row.flops or None,
+                "gb_per_s": row.gb_per_s, "tflop_per_s": row.tflop_per_s,
                 "shapes": [{"inputs": shape, "calls": row.shapes[shape]} for shape in row.usual_shapes]})
         return {
             "format": MARKER, "version": FORMAT_VERSION,

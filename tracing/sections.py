@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from gemsmode.tracing.report import Difference, Report, Row
 
-NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate"})
+NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate", "host"})
 """Columns that stand to the right."""
 
 FOLDED = frozenset({"arguments", "dtypes", "why", "module", "error", "decision"})
@@ -129,11 +129,13 @@ def _replaced(report: Report, by: str, limit: int | None, total: float) -> Secti
         return Section("Replaced", "good", "nothing") if report.compute else None
     rated = not report.environment.get("interpreter") and any(rate(row) for row in rows)
     shapes = by == "shape"
+    host = report.environment.get("timing") == "device"
     columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "rule", "calls", "time", "share",
-               *(["rate"] if rated else []), *([] if shapes else ["dtypes"])]
+               *(["host"] if host else []), *(["rate"] if rated else []), *([] if shapes else ["dtypes"])]
     shown, left_out = _cut(rows, limit)
     table = [[short(row.label[0]), *([row.label[1]] if shapes else []), _words(row, "rule"), f"{row.calls:,}", seconds(row.time_s),
-              percent(row.time_s / total), *([rate(row)] if rated else []), *([] if shapes else [", ".join(row.dtypes)])] for row in shown]
+              percent(row.time_s / total), *([seconds(row.host_s)] if host else []), *([rate(row)] if rated else []),
+              *([] if shapes else [", ".join(row.dtypes)])] for row in shown]
     return Section("Replaced", "good", f"{_sum(rows)}, by Triton kernels", columns, table, left_out)
 
 
@@ -151,11 +153,13 @@ def _passed(report: Report, by: str, limit: int | None, total: float) -> Section
     if not rows:
         return None
     shapes = by == "shape"
-    columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "calls", "time", "share", "why",
-               *([] if shapes else ["shapes", "most often"])]
+    host = report.environment.get("timing") == "device"
+    columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "calls", "time", "share",
+               *(["host"] if host else []), "why", *([] if shapes else ["shapes", "most often"])]
     shown, left_out = _cut(rows, limit)
     table = [[short(row.label[0]), *([row.label[1]] if shapes else []), f"{row.calls:,}", seconds(row.time_s), percent(row.time_s / total),
-              _words(row, "reason"), *([] if shapes else [str(len(row.shapes)), clip(row.usual_shapes[0])])] for row in shown]
+              *([seconds(row.host_s)] if host else []), _words(row, "reason"),
+              *([] if shapes else [str(len(row.shapes)), clip(row.usual_shapes[0])])] for row in shown]
     return Section("What to write next", "open", f"{_sum(rows)}, passed through to PyTorch", columns, table, left_out)
 
 

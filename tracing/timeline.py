@@ -54,8 +54,8 @@ class Timeline:
         if index >= 0:
             self._columns[4][index], self._columns[5][index] = start, ns
 
-    def entries(self) -> list[Entry]:
-        """The calls in order of their start."""
+    def entries(self, count: int | None = None) -> list[Entry]:
+        """The calls (the first ``count`` to have ended) in order of their start."""
         with self._lock:
-            columns = [column[:] for column in self._columns]
+            columns = [column[:count] for column in self._columns]
         return sorted(map(Entry, *columns), key=lambda entry: (entry.start, -entry.host_ns))
