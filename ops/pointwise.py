@@ -53,8 +53,8 @@ def _offset(where, strides):
 
 @triton.jit
 def convert(x, DTYPE: tl.constexpr):
-    """``x`` in DTYPE. Integers reach bfloat16 by way of float32, as in PyTorch; the interpreter knows no direct way."""
-    if DTYPE == tl.bfloat16 and not x.dtype.is_floating():
+    """``x`` in DTYPE. Integers and float64 reach bfloat16 by way of float32, as in PyTorch; the interpreter knows no direct way."""
+    if DTYPE == tl.bfloat16 and (not x.dtype.is_floating() or x.dtype == tl.float64):
         return x.to(tl.float32).to(DTYPE)
     else:
         return x.to(DTYPE)
