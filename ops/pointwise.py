@@ -63,8 +63,8 @@ def convert(x, DTYPE: tl.constexpr):
 @triton.jit
 def _operand(p, where, strides, mask, HOW: tl.constexpr, I: tl.constexpr):
     """A block of operand I, in the dtype that the function computes in. HOW[I]: (kind, common, compute dtype)."""
-    if HOW[I][0] == 1:  # a number
-        return tl.cast(p, HOW[I][1]).to(HOW[I][2])
+    if HOW[I][0] == 1:  # a number; as a block, because the interpreter mistypes comparisons of scalars
+        return tl.broadcast_to(tl.cast(p, HOW[I][1]).to(HOW[I][2]), mask.shape)
     elif HOW[I][0] == 2:  # an index
         return _offset(where, strides).to(HOW[I][2])
     else:
