@@ -140,6 +140,7 @@ def _demo(options: argparse.Namespace, out: Console) -> int:
         raise UsageError(f"there is no file {path} to read; leave --text out for the one that comes with gemsmode")
     if not path.stat().st_size:
         raise UsageError(f"{path} is empty; the demo needs a text to read")
+    _check_outputs(options)
     with _progress("running two models natively and under the mode"):
         outcomes, report = demo.run(options.size, path, dtype, allow=options.allow, deny=options.deny)
     out.print(Text(f"A decoder and an encoder on {path.stat().st_size:,} bytes of {path.name}, forward and backward", style="bold"))
@@ -244,16 +245,19 @@ _WRITERS = {"json": "to_json", "csv": "to_csv", "html": "to_html", "markdown": "
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuse before a long run what could not be written after it."""
     from gemsmode.tracing.files import check
+    from gemsmode.tracing.ranks import ranked_path
 
     for name in _WRITERS:
         if (path := getattr(options, name)) is not None:
-            check(path, options.force)
+            setattr(options, name, ranked_path(path))
+            check(getattr(options, name), options.force)
 
 
 def _show(report: Report, options: argparse.Namespace, out: Console) -> None:
+    from gemsmode.tracing.ranks import launched_rank
     from gemsmode.tracing.table import render
 
-    if not options.quiet:
+    if not options.quiet and not launched_rank():  # of several ranks the first one prints
         _print(out, render(report, options.by, options.limit))
     for name, method in _WRITERS.items():
         if (path := getattr(options, name)) is not None:
@@ -441,7 +445,8 @@ def build_parser() -> argparse.ArgumentParser:
     report = command("report", _report, "run a script, unchanged, under a traced mode and print what happened to each op",
                      "examples:\n  gemsmode report train.py --epochs 1\n  gemsmode report --html report.html --by shape train.py\n"
                      "  gemsmode report --deny mm,addmm -m mypackage.train --steps 3\n\n"
-                     "Options of gemsmode stand before the script; what follows it is the script's.")
+                     "Options of gemsmode stand before the script; what follows it is the script's. Under torchrun each rank writes\n"
+                     "its own files (report.rank1.json) and rank 0 prints: torchrun --nproc-per-node 2 -m gemsmode report train.py")
     report.add_argument("-m", dest="module_flag", metavar="MODULE", help="run a module, as python -m does")
     report.add_argument("--strict", action="store_true", help="stop at the first rule that fails, instead of falling back")
     _add_report_options(report)

@@ -155,6 +155,16 @@ def test_threads_of_a_script_are_covered(capsys: Any, script: Any, tmp_path: Pat
     assert {r.overload: r.calls for r in Report.load(tmp_path / "r.json").records}["aten.exp.default"] == 5
 
 
+def test_ranks_write_their_own_files(capsys: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = script("import torch\ntorch.ones(4).exp()\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, prints in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        code, out, _ = gemsmode(capsys, "report", "--json", str(tmp_path / "r.json"), path)
+        assert (code, "gemsmode report" in out) == (0, prints)
+    assert sorted(p.name for p in tmp_path.glob("*.json")) == ["r.rank0.json", "r.rank1.json"]
+
+
 def test_diff(capsys: Any, script: Any, tmp_path: Path) -> None:
     path = script("import torch\ntorch.ones(4).exp()\n")
     for name, options in (("a", []), ("b", ["--deny", "exp"])):

@@ -7,6 +7,8 @@ import gc
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -25,7 +27,7 @@ import gemsmode
 from gemsmode import GemsMode, demo
 from gemsmode.handlers import Decision
 from gemsmode.target import INTERPRETER
-from gemsmode.tracing import NotAReportError, Record, Recorder, Report
+from gemsmode.tracing import NotAReportError, Record, Recorder, Report, gather, merge
 from gemsmode.tracing import recorder as recorder_module
 from gemsmode.tracing.clock import HARVEST_AT, DeviceClock
 from gemsmode.tracing.table import plain, render
@@ -525,7 +527,7 @@ overload    calls     time  share  why                   shapes  most often
 mm              3  12.5 ms  69.4%  no rule                    1  f32[8,8] f32[8,8]
 add.Tensor      1   500 us   2.8%  complex64 is complex       1  c64[4] c64[4]
 
-Views, allocations, metadata: not in the figures above: 7 calls, 200 us of host time: view 7
+Views, allocations, metadata: 7 calls, 200 us of host time, not in the figures above: view 7
 
 Modules: compute in each, with everything below it
 module       phase     calls  replaced     time  share
@@ -695,3 +697,46 @@ def test_a_folder_that_is_not_there(tmp_path: Any) -> None:
         REPORT.to_json(tmp_path / "nowhere" / "report.json")
     with pytest.raises(IsADirectoryError):
         REPORT.to_json(tmp_path)
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def test_merged_reports_add_up() -> None:
+    sin = Record("aten.sin.default", "pass", calls=5, host_s=0.1, device_s=0.05, device_calls=5)
+    other = Report((RECORDS[0], sin), ENVIRONMENT, ("mine",), 2.0)
+    merged = merge([REPORT, other])
+    assert merged.calls == REPORT.calls + other.calls and len(merged.records) == len(RECORDS) + 1
+    assert (merged.records[0].calls, merged.records[0].host_s) == (12, 0.006)
+    assert merged.records[-1].device_s == 0.05
+    assert merged.notes == ("rank 0: something to know", "rank 1: mine") and merged.wall_s == 2.0
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge([])
+    alone = gather(REPORT)
+    assert alone.rank == 0 and alone.merged.calls == 20
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from gemsmode import GemsMode
+from gemsmode.tracing import gather
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+x = torch.ones(4)
+with GemsMode(allow=[], trace=True) as mode:
+    for _ in range(3 + dist.get_rank()):
+        x.exp()
+both = gather(mode.report)
+assert [r.calls for r in both.ranks] == [3, 4] and both.merged.calls == 7, both
+both.print()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_gather(tmp_path: Any) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    workers = [subprocess.Popen([sys.executable, str(script), str(tmp_path / "meet"), str(rank)], stdout=subprocess.PIPE, text=True)
+               for rank in range(2)]
+    printed = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert "7 calls, 7 of them compute" in printed[0] and printed[1] == ""

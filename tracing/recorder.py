@@ -302,6 +302,11 @@ class Recorder:
             notes.append(f"{captured} calls were captured into a CUDA graph: counted once, not timed; its replays run no Python")
         if not timed:
             notes.append("a graph is being captured: calls still under way on the device are not timed in this report")
+        timed_records = [r for r in records if r.device_s is not None and r.decision in COMPUTE]
+        device_s = sum(r.device_s or 0.0 for r in timed_records)
+        if device_s and sum(r.host_s for r in timed_records) > 0.8 * device_s:
+            notes.append("the host is about as slow as the device here: device time is taken between two events around each call, and "
+                         "includes what the device waited for the launch")
         if any(r.inputs == ("(various)",) for r in records):
             notes.append(f"more than {MAX_ROWS} different calls: later shapes are gathered as (various)")
         if self.timeline.dropped:

@@ -168,8 +168,9 @@ def _views(report: Report) -> Section | None:
     if not rows:
         return None
     names = ", ".join(f"{short(row.label[0])} {row.calls}" for row in rows[:6]) + (", ..." if len(rows) > 6 else "")
-    return Section("Views, allocations, metadata", "", f"not in the figures above: {count(sum(r.calls for r in rows), 'call')}, "
-                                                       f"{seconds(sum(r.host_s for r in rows))} of host time: {names}")
+    calls, host_s = sum(r.calls for r in rows), sum(r.host_s for r in rows)
+    return Section("Views, allocations, metadata", "",
+                   f"{count(calls, 'call')}, {seconds(host_s)} of host time, not in the figures above: {names}")
 
 
 def _modules(report: Report, limit: int | None, depth: int | None, total: float) -> Section | None:
