@@ -211,7 +211,7 @@ def run_model(name: str, size: Size, tokens: torch.Tensor, dtype: torch.dtype, t
     model = (Decoder(size) if name == "decoder" else Encoder(size)).to(tokens.device, dtype)
     synchronize: Callable[[], None] = (lambda: torch.accelerator.synchronize()) if tokens.device.type != "cpu" else (lambda: None)
     logits, loss, gradients = _step(model, tokens)  # also warms up
-    native_s = _median_time(lambda: _step(model, tokens), size.repeats, synchronize)
+    native_s = _median_time(lambda: _step(model, tokens), max(size.repeats, 3), synchronize)
     if size.repeats > 1:
         untraced = GemsMode(**options)
         with untraced:
