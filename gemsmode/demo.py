@@ -256,5 +256,6 @@ def run(size: str | None = None, text: Path = TEXT, dtype: torch.dtype | None = 
     return outcomes, traced.report
 
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
-"""How far apart, relative to the largest entry, a logit or a gradient may be before the demo fails."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-6}
+"""How far apart, relative to the largest entry, a logit or a gradient may be before the demo fails (the rotary angles are
+float32 whatever the weights are)."""
