@@ -19,25 +19,76 @@ from gemsmode.signature import parameters
 _T = torch._C.TensorBase
 _F = torch._C._VariableFunctions
 
+_N = torch._C._nn
+
 BINDINGS: dict[str, Callable[..., Any]] = {
+    # views
     "aten.view.default": _T.view,
     "aten.t.default": _T.t,
     "aten.transpose.int": _T.transpose,
     "aten.permute.default": _T.permute,
     "aten.unsqueeze.default": _T.unsqueeze,
+    "aten.squeeze.default": _T.squeeze,
     "aten.squeeze.dim": _T.squeeze,
+    "aten.squeeze.dims": _T.squeeze,
     "aten.expand.default": _T.expand,
     "aten.detach.default": _T.detach,
     "aten.select.int": _T.select,
     "aten.split.Tensor": _T.split,
+    "aten.split_with_sizes.default": _T.split_with_sizes,
+    "aten.unbind.int": _T.unbind,
+    "aten.as_strided.default": _T.as_strided,
+    "aten.unfold.default": _T.unfold,
+    "aten.diagonal.default": _T.diagonal,
+    # products
     "aten.mm.default": _F.mm,
     "aten.bmm.default": _F.bmm,
     "aten.addmm.default": _F.addmm,
+    "aten.baddbmm.default": _F.baddbmm,
+    "aten.mv.default": _F.mv,
+    "aten.dot.default": _F.dot,
+    "aten.convolution.default": _F.convolution,
+    # movement
     "aten.cat.default": _F.cat,
+    "aten.stack.default": _F.stack,
     "aten.clone.default": _T.clone,
+    "aten.copy_.default": _T.copy_,
+    "aten.fill_.Scalar": _T.fill_,
+    "aten.zero_.default": _T.zero_,
+    "aten.embedding.default": _F.embedding,
+    "aten.index_select.default": _F.index_select,
+    "aten.gather.default": _F.gather,
+    # pointwise
     "aten.add.Tensor": _F.add,
+    "aten.sub.Tensor": _F.sub,
     "aten.mul.Tensor": _F.mul,
+    "aten.div.Tensor": _F.div,
+    "aten.add_.Tensor": _T.add_,
+    "aten.mul_.Tensor": _T.mul_,
+    "aten.pow.Tensor_Scalar": _F.pow,
+    "aten.where.self": _F.where,
+    "aten.masked_fill.Scalar": _F.masked_fill,
+    "aten.neg.default": _F.neg,
+    "aten.exp.default": _F.exp,
+    "aten.sqrt.default": _F.sqrt,
+    "aten.rsqrt.default": _F.rsqrt,
+    "aten.cos.default": _F.cos,
+    "aten.sin.default": _F.sin,
+    "aten.tanh.default": _F.tanh,
+    "aten.sigmoid.default": _F.sigmoid,
+    "aten.relu.default": _F.relu,
+    "aten.silu.default": _N.silu,
+    "aten.gelu.default": _N.gelu,
+    # reductions and norms
+    "aten.sum.default": _F.sum,
+    "aten.sum.dim_IntList": _F.sum,
+    "aten.mean.dim": _F.mean,
+    "aten._softmax.default": _F._softmax,
+    "aten._log_softmax.default": _F._log_softmax,
+    "aten._softmax_backward_data.default": _F._softmax_backward_data,
+    "aten.native_layer_norm.default": _F.native_layer_norm,
 }
+"""``slice.Tensor``, ``alias`` and ``_unsafe_view`` have no binding of their own."""
 
 
 def native(op: Any) -> Callable[..., Any]:
