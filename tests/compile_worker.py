@@ -1,0 +1,149 @@
+"""Compiles kernels for a GPU that is not present; run by ``test_compile`` in a process of its own.
+
+    GEMSMODE_TARGET=cuda:90 python compile_worker.py JOBS RESULTS SHARD SHARDS [full|some|few]
+
+JOBS is a pickle of :class:`Job`; RESULTS becomes a JSON list with a row for each kernel and one for each failed plan.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
+
+
+class Job(NamedTuple):
+    """A call to plan for: arguments in the order of the schema, tensors as metadata.
+
+    Attributes:
+        op: the overload's name.
+        args: its arguments.
+        what: what is particular about it (``"flat float32"``).
+        aligned: whether its pointers are to be taken as divisible by 16.
+        sound: False if the metadata was made by scaling and the planner may find it inconsistent.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    what: str
+    aligned: bool
+    sound: bool
+
+
+def functions_in(value: Any) -> list[str]:
+    """The names of the ``@triton.jit`` functions among constants, which make kernels of one kernel."""
+    if isinstance(value, tuple):
+        return [name for v in value for name in functions_in(v)]
+    return [f"{value.fn.__module__}.{value.__name__}"] if hasattr(value, "fn") and hasattr(value, "arg_names") else []
+
+
+def launch_choice(spec: Any) -> tuple[Any, ...]:
+    """What of a spec the launch choice decided: block sizes and flags, warps and stages."""
+    plain = tuple((n, v) for n, v in spec.constants if isinstance(v, (int, bool, str)))
+    return f"{spec.kernel.fn.__module__}.{spec.kernel.__name__}", plain, spec.num_warps, spec.num_stages
+
+
+def choose(specs: dict[Any, str], amount: str) -> list[Any]:
+    """The specs to compile: all for ``full``, else in dtypes and layouts that depend on names only
+
+    - ``some``: each function that a kernel is made of once, and a fifth of the launch choices of each kernel;
+    - ``few``: each kernel once, a twelfth of the functions, and a thirtieth of the launch choices.
+    """
+    if amount == "full":
+        return list(specs)
+    every_function, every_choice = (1, 5) if amount == "some" else (12, 30)
+    groups: dict[Any, list[Any]] = {}
+    for spec in specs:
+        name = f"{spec.kernel.fn.__module__}.{spec.kernel.__name__}"
+        groups.setdefault(("kernel", name), []).append(spec)
+        for function in functions_in(spec.constants):
+            if zlib.crc32(function.encode()) % every_function == 0:
+                groups.setdefault(("function", name, function) if "pointwise" not in name else ("function", function), []).append(spec)
+        choice = launch_choice(spec)
+        if zlib.crc32(repr(choice).encode()) % every_choice == 0:
+            groups.setdefault(("choice", choice), []).append(spec)
+    chosen: dict[Any, None] = {}
+    for key, members in groups.items():
+        if not any(m in chosen for m in members):
+            chosen[members[zlib.crc32(repr(key).encode()) % len(members)]] = None
+    return list(chosen)
+
+
+def resources(compiled: Any, backend: str) -> tuple[int | None, int]:
+    """Registers a thread, and bytes of stack (spilled registers and local arrays)."""
+    if backend == "hip":
+        found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"]))
+        return int(found.get("vgpr_count", 0)), int(found.get("private_segment_fixed_size", 0))
+    import triton
+
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (None, 0)
+
+
+def main(jobs_path: str, results_path: str, shard: str, shards: str, amount: str) -> None:
+    import gemsmode
+    from gemsmode import launch, plan, registry, target
+    from gemsmode.handlers import Policy
+
+    gemsmode.load_ops()
+    here = target.current()
+    name = f"{here.backend}:{here.arch}"
+    policy = Policy(registry.default, strict=True)
+    jobs: list[Job] = pickle.loads(Path(jobs_path).read_bytes())
+    rows: list[dict[str, Any]] = []
+    specs: dict[Any, str] = {}
+    planned: dict[str, int] = {}
+    for job in jobs:
+        planned.setdefault(job.op, 0)
+        try:
+            decided = policy.handler(registry.find_op(job.op)).decide(job.args, bind=False)
+        except Exception as error:
+            if job.sound:
+                rows.append(failure(name, job.op, f"planning {job.what}: {error}"))
+            continue
+        if decided.decision.kind == "rule" and decided.plan is not None:
+            planned[job.op] += 1
+            for spec in plan.specs(decided.plan, job.aligned):
+                specs.setdefault(spec, f"{job.op}, {job.what}")
+    for op, count in planned.items():
+        if not count and shard == "0":
+            rows.append(failure(name, op, "no plan was made for any of its calls", planned=False))
+    for i, spec in enumerate(choose(specs, amount)):
+        if i % int(shards) != int(shard):
+            continue
+        began = time.perf_counter()
+        row: dict[str, Any] = {"target": name, "kernel": spec.kernel.__name__, "what": specs[spec],
+                               "functions": functions_in(spec.constants), "warps": spec.num_warps, "registers": None,
+                               "spilled": 0, "shared": 0, "error": None, "planned": True}
+        try:
+            compiled = launch.compile(spec, here)
+            row["shared"] = compiled.metadata.shared
+            row["registers"], row["spilled"] = resources(compiled, here.backend)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"
+        row["seconds"] = time.perf_counter() - began
+        rows.append(row)
+    Path(results_path).write_text(json.dumps(rows))
+
+
+def failure(target: str, op: str, text: str, planned: bool = True) -> dict[str, Any]:
+    return {"target": target, "kernel": "-", "what": op, "functions": [], "warps": 0, "registers": None, "spilled": 0, "shared": 0,
+            "error": text, "seconds": 0.0, "planned": planned}
+
+
+if __name__ == "__main__":
+    # Unpickled jobs name their class by this module's name, whichever way it was started.
+    sys.modules.setdefault("compile_worker", sys.modules["__main__"])
+    main(*sys.argv[1:6])
