@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch._C import _len_torch_dispatch_stack, _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from gemsmode import registry as registry_module
@@ -22,6 +23,7 @@ from gemsmode.handlers import OpHandler, Policy
 from gemsmode.native import native
 from gemsmode.registry import Registry
 from gemsmode.selectors import Selection, Selector, as_names
+from gemsmode.signature import parameters
 from gemsmode.target import current
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PLAIN = (torch.Tensor,)
+_WRAPPED = {int: torch.int64, float: torch.float64, bool: torch.bool, complex: torch.complex128}
 _NOT_OVERRIDDEN = torch.Tensor.__torch_dispatch__
 
 
@@ -162,11 +165,17 @@ class GemsMode(TorchDispatchMode):
     # -- the hot path --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types or _len_torch_dispatch_stack():
-            return self._among_others(func, types, args, kwargs or {})
-        if kwargs:
-            return self._table[func](*args, **kwargs)
-        return self._table[func](*args)
+        try:
+            if types or _len_torch_dispatch_stack():
+                return self._among_others(func, types, args, kwargs or {})
+            if kwargs:
+                return self._table[func](*args, **kwargs)
+            return self._table[func](*args)
+        except (TypeError, RuntimeError):
+            if not args or args[0].__class__ not in _WRAPPED or not isinstance(func, OpOverload) or not parameters(func)[0].is_tensor:
+                raise
+        # PyTorch gives modes a number for a 0-dim tensor that it made of one, and takes none back in the first place.
+        return self._table[func](torch.tensor(args[0], dtype=_WRAPPED[args[0].__class__]), *args[1:], **(kwargs or {}))
 
     # ------------------------------------------------------------------------------------------------------------------
 
