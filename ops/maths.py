@@ -395,7 +395,7 @@ def erfc(x):
     a = tl.abs(x)
     a = tl.where(a > 28, 28.0, a)
     y = exp_square(a, -1.0) * erfcx_positive(a)
-    return tl.where(x < 0, 2 - y, y)
+    return tl.where(a < 0.5, 1 - tl.erf(x), tl.where(x < 0, 2 - y, y))
 
 
 @triton.jit
@@ -404,7 +404,8 @@ def erfcx(x):
     a = tl.abs(x)
     y = erfcx_positive(a)
     b = tl.where((x < 0) & (a < 28), a, tl.where(x < 0, 28.0, 0.0))
-    return tl.where(x < 0, 2 * exp_square(b, 1.0) - y, y)
+    y = tl.where(x < 0, 2 * exp_square(b, 1.0) - y, y)
+    return tl.where(a < 0.5, tl.exp(tl.where(a < 0.5, x * x, 0.0)) * (1 - tl.erf(x)), y)
 
 
 @triton.jit
@@ -564,7 +565,8 @@ def lgamma(x):
     a = tl.abs(x)
     y = lgamma_upper(tl.where(x < 0.5, 1 - tl.where(a == float("inf"), 0.0, x), x))
     s = tl.abs(sin_pi(tl.where(a < 4503599627370496.0, x, 0.0)))
-    reflected = 1.1447298858494002 - tl.log(s) - y
+    # pi x of a subnormal x has lost digits; lgamma(x) is -log|x| there.
+    reflected = tl.where(a < 1e-20, -tl.log(a), 1.1447298858494002 - tl.log(s) - y)
     return tl.where(a == float("inf"), a, tl.where(x < 0.5, reflected, y))
 
 

@@ -466,7 +466,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
               keep: Sequence[str] = (), compute: str | Callable[[torch.dtype], torch.dtype] = "opmath", round_numbers: bool = False,
               outputs: Sequence[torch.dtype | None] = (None,), select: Callable[[Call], Any] | None = None,
               by_value: Sequence[str] = (), check: Callable[[Call, torch.dtype], None] | None = None,
-              out_stride: Callable[[Call], tuple[int, ...] | None] | None = None, flops: int = 1, name: str | None = None) -> Callable[[Any], Any]:
+              out_stride: Callable[[Call], tuple[int, ...] | None] | None = None, flops: int = 1,
+              name: str | None = None) -> Callable[[Any], Any]:
     """Declare a pointwise op.
 
     Args:
