@@ -4,6 +4,8 @@
 what it did not, why, and what each call cost.
 """
 
+import logging
+
 from gemsmode.errors import DuplicateRuleError, GemsError, RuleDeclarationError, RuleFailedError, UnknownOpError
 from gemsmode.explain import Explanation, explain
 from gemsmode.mode import GemsMode, disable, enable, load_ops
@@ -18,3 +20,5 @@ __all__ = [
     "RuleDeclarationError", "RuleFailedError", "TensorMeta", "UnknownOpError", "contiguous", "device", "disable", "dtype",
     "enable", "explain", "floating", "load_ops", "ndim", "not_complex", "numel", "on_gpu", "rule", "value", "where",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

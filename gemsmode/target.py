@@ -11,17 +11,15 @@ kernels are then compiled for it and never launched. The tests build every kerne
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import os
-import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
-from gemsmode.interpreter import quicken
+from gemsmode import interpreter
 
 log = logging.getLogger("gemsmode")
 
@@ -75,54 +73,12 @@ def _from_name(name: str) -> Target:
     raise ValueError(f"GEMSMODE_TARGET must look like 'cuda:90' or 'hip:gfx942', not {name!r}")
 
 
-def _interpret_triton_library() -> None:
-    """Make Triton's own ``@triton.jit`` functions (``tl.sum``, ``tl.sigmoid``...) callable from interpreted kernels.
-
-    They were decorated when Triton was imported, possibly before the interpreter was asked for.
-    """
-    import triton.language as language
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    modules = [language, *(importlib.import_module(f"triton.language.{m.name}")
-                           for m in pkgutil.iter_modules(language.__path__) if not m.name.startswith("extra"))]
-    converted: dict[int, Any] = {}
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, JITFunction):
-                setattr(module, name, converted.setdefault(id(value), InterpretedFunction(value.fn)))
-
-
-def _round_bfloat16() -> None:
-    """Make the interpreter round float32 to bfloat16 as compiled kernels do, to nearest even; its own way cuts off bits."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.cast_impl
-
-    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
-        given, wanted = src.dtype.scalar, dst_type.scalar
-        if given == tl.float32 and wanted == tl.bfloat16:
-            bits = np.ascontiguousarray(src.data).view(np.uint32).reshape(src.data.shape)
-            rounded = ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
-            return TensorHandle(np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded), wanted)
-        if given == tl.bfloat16 and wanted == tl.float32:
-            bits = src.data.astype(np.uint32) << np.uint32(16)
-            return TensorHandle(np.ascontiguousarray(bits).view(np.float32).reshape(src.data.shape), wanted)
-        return original(self, src, dst_type)
-
-    InterpreterBuilder.cast_impl = cast_impl
-
-
 @functools.cache
 def _use_interpreter() -> Target:
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
     triton.knobs.runtime.interpret = True
-    _interpret_triton_library()
-    _round_bfloat16()
-    quicken()
+    interpreter.install()
     return INTERPRETER
 
 

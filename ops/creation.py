@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401  (the interpreter wants to see it)
 
-from gemsmode.ops.layout import channels_last_strides, output_strides
+from gemsmode.ops.layout import channels_last_strides, preserved_strides
 from gemsmode.ops.pointwise import Operand, build, index_operand
 from gemsmode.ops.promotion import ALL, opmath
 from gemsmode.plan import Decline, Num, Plan, contiguous_strides
@@ -126,7 +126,7 @@ def scalar_tensor(call: Call) -> Plan:
 def _like_strides(call: Call, x: TensorMeta) -> tuple[int, ...]:
     wanted = call["memory_format"]
     if wanted in (None, torch.preserve_format):
-        return output_strides(x.shape, [x])
+        return preserved_strides(x)
     if wanted == torch.contiguous_format:
         return contiguous_strides(x.shape)
     last = channels_last_strides(x.shape)

@@ -135,6 +135,11 @@ def output_strides(shape: tuple[int, ...], inputs: Sequence[TensorMeta], has_num
     return tuple(strides)
 
 
+def preserved_strides(meta: TensorMeta) -> tuple[int, ...]:
+    """The strides of ``torch.empty_like``: the tensor's own if it is dense, else those of an elementwise result."""
+    return meta.stride if is_dense(meta.shape, meta.stride) else output_strides(meta.shape, [meta])
+
+
 class Loops(NamedTuple):
     """Dimensions to loop over, fastest first, and each operand's strides along them (outputs come first)."""
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.launch import Constants
-from gemsmode.ops.layout import channels_last_strides, output_strides
+from gemsmode.ops.layout import channels_last_strides, preserved_strides
 from gemsmode.ops.pointwise import Operand, build, convert, index_operand, power_of_2
 from gemsmode.ops.promotion import ALL, result_type
 from gemsmode.plan import Alloc, Arg, At, Decline, Launch, Num, Out, Plan, Size, contiguous_strides, extent, stride
@@ -71,7 +71,7 @@ def flip(call: Call) -> Plan:
             start += max(x.shape[d] - 1, 0) * strides[d]
             strides[d] = -strides[d]
     view = x._replace(stride=tuple(strides))
-    return build(call, same, [read(call, 0, view, start)], [x.dtype], x.shape, output_strides(x.shape, [x]))
+    return build(call, same, [read(call, 0, view, start)], [x.dtype], x.shape, preserved_strides(x))
 
 
 @planned("aten.repeat.default", _SUPPORTED, family="movement", kernel=same)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.creation import _like_strides, _plain, _same_device
-from gemsmode.ops.layout import is_dense, output_strides
+from gemsmode.ops.layout import is_dense, preserved_strides
 from gemsmode.ops.pointwise import Operand, as_operand, build, convert, power_of_2
 from gemsmode.ops.promotion import FLOAT, INT, opmath
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, contiguous_strides, extent
@@ -341,7 +341,7 @@ def native_dropout(call: Call) -> Plan:
     x, p, train = call.args
     if train is False or not 0 < p < 1:
         raise Decline("nothing is dropped, or everything")
-    strides = output_strides(x.shape, [x])
+    strides = preserved_strides(x)
     if x.stride != strides and x.numel:
         raise Decline("an input that is not dense")
     n = x.numel
