@@ -498,13 +498,16 @@ class OpHandler:
 
     def _fall_back(self, rule: str, error: Exception, considered: Sequence[Considered] = ()) -> Decided:
         """The decision after ``rule`` raised ``error``: PyTorch's own implementation, with a warning; or raise."""
-        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__  # the interpreter wraps an error once for each function it went through
+        text = f"{type(root).__name__}: {str(root).strip().splitlines()[0] if str(root).strip() else ''}"
         if self.policy.strict:
             raise RuleFailedError(f"rule {rule!r} failed on {short_name(self.op)}: {text}. "
                                   "Fix it, deny the op (deny=[...]) or drop strict=True to fall back to PyTorch's own.") from error
         message = f"gemsmode: rule {rule!r} failed on {short_name(self.op)} and PyTorch's own implementation is used: {text}"
         warnings.warn(message, RuntimeWarning, stacklevel=6)
-        log.warning("%s", message, exc_info=error)
+        log.debug("%s", message, exc_info=error)
         return Decided(Decision("error", rule, text, (*self._refused, *considered)), native_in_order(self.op))
 
     def _refuse(self, *args: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -39,7 +40,17 @@ _NOT_OVERRIDDEN = torch.Tensor.__torch_dispatch__
 def load_ops() -> None:
     """Import the kernels of ``gemsmode.ops``, which registers their rules; done by the first mode."""
     current()
-    importlib.import_module("gemsmode.ops")
+    if "gemsmode.ops" in sys.modules:
+        return
+    before = list(registry_module.default.rules)
+    try:
+        importlib.import_module("gemsmode.ops")
+    except BaseException:
+        # So that the next try meets the same error, not rules that are registered already.
+        for name in [n for n in sys.modules if n.partition(".ops")[0] == "gemsmode" and n != "gemsmode"]:
+            del sys.modules[name]
+        registry_module.default.replace(before)
+        raise
 
 
 class _Table(dict):

@@ -535,7 +535,9 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
             lines.append(f"    {head}({''.join(_argument(v, names, False) for v in step.args)}))")
     lines.append(f"    return {_returned(plan.returns)}")
     values = "".join(f", v{i}" for i in range(names.count))
-    return (f"def make(empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number, draw, device_type{values}):\n"
+    given = ("empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number, draw, "
+             f"device_type{values}")
+    return (f"def make({given}):\n"
             + "".join(f"    {line}\n" for line in lines) + "    return run\n")
 
 

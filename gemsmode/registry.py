@@ -206,11 +206,15 @@ class Registry:
         with self._lock:
             if not any(r.name == name for r in self.rules):
                 raise UnknownOpError(name, (r.name for r in self.rules), "rule")
-            kept = [r for r in self.rules if r.name != name]
+            self.replace([r for r in self.rules if r.name != name])
+
+    def replace(self, rules: Sequence[Rule]) -> None:
+        """Hold exactly ``rules``."""
+        with self._lock:
             self.rules.clear()
             self._by_op.clear()
             self._by_packet.clear()
-            for rule in kept:
+            for rule in rules:
                 self.add(rule)
             self._changed()
 

@@ -11,6 +11,7 @@ kernels are then compiled for it and never launched. The tests build every kerne
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def _from_name(name: str) -> Target:
 
 @functools.cache
 def _use_interpreter() -> Target:
+    if importlib.util.find_spec("numpy") is None:
+        raise ModuleNotFoundError("there is no GPU, so kernels run in Triton's interpreter, which needs numpy: pip install numpy",
+                                  name="numpy")
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
     triton.knobs.runtime.interpret = True
