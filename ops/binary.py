@@ -45,6 +45,12 @@ def require_fits(value: Any, dtype: torch.dtype) -> None:
         raise Decline(f"PyTorch rejects it: {value} cannot be converted to {dtype_name(dtype)} without overflow")
 
 
+def require_tensors(call: Call, common: torch.dtype) -> None:
+    """Decline numbers, where a rule of their own looks at their value."""
+    if any(a is not None and a.__class__ is not TensorMeta for a in call.args):
+        raise Decline("a number in the place of a tensor")
+
+
 def check_alpha(call: Call, common: torch.dtype) -> None:
     """Decline the types of ``alpha`` that PyTorch rejects."""
     alpha = call["alpha"]
@@ -439,7 +445,7 @@ def _check_exponent(call: Call, common: torch.dtype) -> None:
 @pointwise("aten.pow.Tensor_Scalar", dtypes=NUMERIC, promote=("self", "exponent"), by_value=("exponent",), select=_constant_power,
            check=_check_exponent, round_numbers=True, name="pow_constant")
 @pointwise("aten.pow.Scalar", dtypes=NUMERIC, promote=("self", "exponent"), select=_general_power, round_numbers=True, name="pow_of_number")
-@pointwise("aten.pow.Tensor_Tensor", dtypes=NUMERIC, select=_general_power, round_numbers=True)
+@pointwise("aten.pow.Tensor_Tensor", dtypes=NUMERIC, select=_general_power, check=require_tensors, round_numbers=True)
 @triton.jit
 def pow(self, exponent):
     return _pow(self, exponent)

@@ -15,11 +15,10 @@ import triton.language as tl  # noqa: F401  (the interpreter wants to see it)
 
 from gemsmode.ops.binary import require_fits
 from gemsmode.ops.layout import broadcast_shape, channels_last_strides, is_dense, output_strides
-from gemsmode.ops.movement import suggests_channels_last
 from gemsmode.ops.pointwise import Operand, as_operand, build, index_operand
 from gemsmode.ops.promotion import ALL, TRITON
 from gemsmode.ops.ternary import number_as
-from gemsmode.plan import Arg, At, Decline, Plan, contiguous_strides
+from gemsmode.plan import Alloc, Arg, At, Decline, Plan, contiguous_strides
 from gemsmode.predicates import dtype_name
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
@@ -46,28 +45,23 @@ def _is_packed(meta: TensorMeta) -> bool:
 def _format_strides(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[int, ...]:
     if memory_format == torch.contiguous_format:
         return contiguous_strides(shape)
-    wanted = 4 if memory_format == torch.channels_last else 5
-    strides = channels_last_strides(shape)
-    if len(shape) != wanted or strides is None:
+    strides = channels_last_strides(shape) if len(shape) == (4 if memory_format == torch.channels_last else 5) else None
+    if strides is None:
         raise Decline(f"PyTorch rejects it: {memory_format} of {len(shape)} dimensions")
+    if 0 in shape:  # here PyTorch does not count sizes of 0 as 1
+        step, exact = 1, list(strides)
+        for d in (1, *range(len(shape) - 1, 1, -1), 0):
+            exact[d] = step
+            step *= shape[d]
+        return tuple(exact)
     return strides
 
 
 def clone_strides(x: TensorMeta, memory_format: torch.memory_format | None) -> tuple[int, ...]:
-    """The strides of ``torch.clone`` and ``torch.empty_like``: preserved, or in the same order without gaps."""
+    """The strides of ``clone``, ``_to_copy`` and ``empty_like``: preserved, or in the same order without gaps."""
     if memory_format is not None and memory_format != torch.preserve_format:
         return _format_strides(x.shape, memory_format)
     return x.stride if _is_packed(x) else output_strides(x.shape, [x])
-
-
-def conversion_strides(x: TensorMeta, memory_format: torch.memory_format | None) -> tuple[int, ...]:
-    """The strides of ``_to_copy``: preserved, or else what the strides suggest."""
-    if memory_format is not None and memory_format != torch.preserve_format:
-        return _format_strides(x.shape, memory_format)
-    if _is_packed(x):
-        return x.stride
-    strides = channels_last_strides(x.shape) if suggests_channels_last(x) else None
-    return contiguous_strides(x.shape) if strides is None else strides
 
 
 # -- conversion --------------------------------------------------------------------------------------------------------
@@ -116,7 +110,7 @@ def to_copy(call: Call) -> Plan:
         raise Decline("pinned memory")
     if device is not None and torch.device(device) != x.device:
         raise Decline(f"from {x.device} to {device}")
-    return copied(call, 0, x.dtype if to is None else to, stride=conversion_strides(x, memory_format))
+    return copied(call, 0, x.dtype if to is None else to, stride=clone_strides(x, memory_format))
 
 
 @planned("aten.copy.default", family="copy", kernel=same, name="copy", tensor_bits=True, writes_out=True)
@@ -158,7 +152,6 @@ _declare_view_copy("aten.detach_copy.default", "aten.detach.default")
 _declare_view_copy("aten.t_copy.default", "aten.t.default")
 _declare_view_copy("aten.transpose_copy.int", "aten.transpose.int")
 _declare_view_copy("aten.permute_copy.default", "aten.permute.default")
-_declare_view_copy("aten.view_copy.default", "aten.view.default")
 _declare_view_copy("aten.squeeze_copy.default", "aten.squeeze.default")
 _declare_view_copy("aten.squeeze_copy.dim", "aten.squeeze.dim")
 _declare_view_copy("aten.squeeze_copy.dims", "aten.squeeze.dims")
@@ -168,6 +161,19 @@ _declare_view_copy("aten.select_copy.int", "aten.select.int")
 _declare_view_copy("aten.slice_copy.Tensor", "aten.slice.Tensor")
 _declare_view_copy("aten.narrow_copy.default", "aten.narrow.default")
 _declare_view_copy("aten.unfold_copy.default", "aten.unfold.default")
+
+
+@planned("aten.view_copy.default", family="copy", kernel=same, name="view_copy")
+def view_copy(call: Call) -> Plan:
+    """As ``reshape``, so that any tensor will do: the result is written in the shape of ``self``."""
+    x, size = call.args
+    _require(x.dtype)
+    try:
+        shape = tuple(torch.empty(x.shape, device="meta").view(size).shape)
+    except RuntimeError as error:
+        raise Decline(f"PyTorch rejects it: {str(error).splitlines()[0]}") from None
+    plan = copied(call, 0, x.dtype, stride=contiguous_strides(x.shape))
+    return plan._replace(allocs=(Alloc(shape, contiguous_strides(shape), x.dtype),), elementwise=False)
 
 
 @planned("aten.expand_copy.default", family="copy", kernel=same, name="expand_copy")
@@ -190,6 +196,17 @@ def expanded_shape(shape: tuple[int, ...], size: Sequence[int]) -> tuple[int, ..
     if any(own not in (1, new) for own, new in zip(shape, result[lead:])):
         raise Decline("PyTorch rejects it: the sizes do not expand")
     return result
+
+
+@planned("aten.as_strided_copy.default", family="copy", kernel=same, name="as_strided_copy")
+def as_strided_copy(call: Call) -> Plan:
+    x, size, strides, offset = call.args
+    if offset is not None:
+        raise Decline("an offset into the storage, of which a decision knows nothing")
+    view = TensorMeta(x.dtype, tuple(size), tuple(strides), x.device)
+    if len(size) != len(strides) or min((*size, *strides), default=0) < 0 or view.extent > x.extent:
+        raise Decline("it reaches beyond the elements of self")
+    return copied(call, 0, x.dtype, stride=contiguous_strides(view.shape), view=view)
 
 
 @planned("aten.lift_fresh_copy.default", family="copy", kernel=same, name="lift_fresh_copy")

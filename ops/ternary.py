@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from gemsmode.ops import maths
-from gemsmode.ops.binary import require_fits
+from gemsmode.ops.binary import require_fits, require_tensors
 from gemsmode.ops.layout import broadcast_shape
 from gemsmode.ops.pointwise import Operand, as_operand, build, pointwise
 from gemsmode.ops.promotion import ALL, FLOAT, NUMERIC
 from gemsmode.plan import Arg, Decline, Num, Plan, contiguous_strides
 from gemsmode.predicates import dtype
 from gemsmode.registry import planned
-from gemsmode.signature import Call, TensorMeta
+from gemsmode.signature import Call
 
 # -- selection ---------------------------------------------------------------------------------------------------------
 
@@ -98,23 +98,27 @@ def _which_clamp(call: Call) -> Any:
 
 
 def _check_clamp(call: Call, common: torch.dtype) -> None:
-    limits = call.args[1:]
-    if all(limit is None for limit in limits):
+    if all(limit is None for limit in call.args[1:]):
         raise Decline("PyTorch rejects it: neither min nor max")
-    for limit in limits:
-        if limit.__class__ is not TensorMeta:
-            require_fits(limit, common)
+    for limit in call.args[1:]:
+        require_fits(limit, common)
+
+
+def _check_clamp_tensor(call: Call, common: torch.dtype) -> None:
+    require_tensors(call, common)
+    if all(limit is None for limit in call.args[1:]):
+        raise Decline("PyTorch rejects it: neither min nor max")
 
 
 pointwise("aten.clamp.default", dtypes=NUMERIC, promote=("self", "min", "max"), by_value=("min", "max"), round_numbers=True,
           select=_which_clamp, check=_check_clamp)(clamp)
-pointwise("aten.clamp.Tensor", promote=("self", "min", "max"), select=_which_clamp, check=_check_clamp, name="clamp_tensor")(clamp)
+pointwise("aten.clamp.Tensor", promote=("self", "min", "max"), select=_which_clamp, check=_check_clamp_tensor, name="clamp_tensor")(clamp)
 pointwise("aten.clamp_min.default", dtypes=NUMERIC, promote=("self", "min"), by_value=("min",), round_numbers=True,
           check=_check_clamp)(clamp_min)
-pointwise("aten.clamp_min.Tensor", name="clamp_min_tensor")(clamp_min)
+pointwise("aten.clamp_min.Tensor", check=_check_clamp_tensor, name="clamp_min_tensor")(clamp_min)
 pointwise("aten.clamp_max.default", dtypes=NUMERIC, promote=("self", "max"), by_value=("max",), round_numbers=True,
           check=_check_clamp)(clamp_max)
-pointwise("aten.clamp_max.Tensor", name="clamp_max_tensor")(clamp_max)
+pointwise("aten.clamp_max.Tensor", check=_check_clamp_tensor, name="clamp_max_tensor")(clamp_max)
 
 
 # -- interpolation and products ----------------------------------------------------------------------------------------
