@@ -206,8 +206,8 @@ ROWS: dict[str, tuple[tuple[int, tuple[Tile, ...]], ...]] = {
     "ieee": ((16, (Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 2, 3))),
              (32, (Tile(32, 64, 32, 4, 3),)),
              (64, (Tile(64, 64, 16, 4, 3),))),
-    "f64": ((16, (Tile(16, 32, 32, 4, 3),)),
-            (32, (Tile(32, 32, 32, 4, 3),)),
+    "f64": ((16, (Tile(16, 64, 16, 4, 4), Tile(16, 32, 16, 4, 4))),
+            (32, (Tile(32, 32, 16, 4, 4),)),
             (64, (Tile(64, 64, 16, 4, 3),))),
 }
 """By kind of arithmetic: (rows, tiles) for few rows; the first tile that gives every multiprocessor one is taken."""
@@ -216,7 +216,7 @@ LARGE: dict[str, tuple[Tile, ...]] = {
     "half": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 4)),
     "ieee": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
-    "f64": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 32, 4, 3)),
+    "f64": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 4)),
 }
 """The same for more rows than :data:`FEW_ROWS`, largest tile first."""
 

@@ -373,7 +373,8 @@ def test_every_class_of_launch_compiles_without_spills(target: str, request: pyt
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(rows) >= 20 and {r[2] for r in rows} == {"gemm_kernel", "matvec_kernel", "combine_kernel"}
-    assert not [r for r in rows if r[5]], "spills"
+    spilling = [r for r in rows if r[5]]
+    assert not spilling, "spills"
     limit = {"cuda:90": 227, "cuda:80": 163, "cuda:100": 227, "hip:gfx942": 64}[target] * 1024
     assert not [r for r in rows if r[4] > limit], "more shared memory than there is"
     if target == "cuda:90":
