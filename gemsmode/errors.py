@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class GemsError(Exception):
@@ -29,3 +30,19 @@ class RuleFailedError(GemsError, RuntimeError):
 
 class RuleDeclarationError(GemsError, TypeError):
     """A rule that cannot be registered as written."""
+
+
+class MismatchError(GemsError, AssertionError):
+    """A rule's result is not PyTorch's own, and ``on_mismatch="raise"`` asked to stop there; ``mismatch`` says all about it."""
+
+    def __init__(self, mismatch: Any) -> None:
+        super().__init__(str(mismatch))
+        self.mismatch = mismatch
+
+
+class MismatchWarning(UserWarning):
+    """A rule's result is not PyTorch's own."""
+
+
+class DryRunError(GemsError, RuntimeError):
+    """What a dry run cannot do on this machine."""

@@ -28,7 +28,12 @@ from gemsmode.signature import parameters
 from gemsmode.target import current
 
 if TYPE_CHECKING:
+    import os
+
+    from gemsmode.dryrun import DryRun
+    from gemsmode.target import Target
     from gemsmode.tracing import Recorder, Report
+    from gemsmode.verify import Mismatch, Verifier
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -101,9 +106,17 @@ class GemsMode(TorchDispatchMode):
         strict: raise :class:`~gemsmode.errors.RuleFailedError` when a rule fails, instead of falling back to PyTorch's
             own implementation with a warning.
         registry: the rules to consult; defaults to those of ``gemsmode.ops`` and the user's own.
+        dry_run: decide and count every call, and run none: for a model on the meta device or on fake tensors. What for:
+            ``"cuda:90"``, ``"hip:gfx942"``..., ``"cpu"``; True is this machine's GPU, or ``"cuda:90"``. See
+            :mod:`gemsmode.dryrun`.
+        verify: run each replaced call natively too, on copies of its inputs, and compare. See :mod:`gemsmode.verify`.
+        on_mismatch: with ``verify``: ``"warn"``, ``"raise"`` (:class:`~gemsmode.errors.MismatchError`) or a function that is
+            given the :class:`~gemsmode.verify.Mismatch`.
+        reproducers: with ``verify``: a folder to write each rule's first mismatch to, with a script that shows it.
 
     Raises:
         UnknownOpError: a name in ``allow`` or ``deny`` that selects nothing; the message lists the nearest names.
+        ValueError: options that do not go together, or an unknown target or ``on_mismatch``.
     """
 
     supports_higher_order_operators = True
@@ -120,7 +133,8 @@ class GemsMode(TorchDispatchMode):
         return True
 
     def __init__(self, allow: Selection = None, deny: Selection = None, trace: bool = False, strict: bool = False,
-                 registry: Registry | None = None) -> None:
+                 registry: Registry | None = None, *, dry_run: bool | str | Target = False, verify: bool = False,
+                 on_mismatch: str | Callable[[Mismatch], Any] = "warn", reproducers: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         load_ops()
         self._registry = registry if registry is not None else registry_module.default
@@ -128,10 +142,20 @@ class GemsMode(TorchDispatchMode):
         self._options = allow, deny, strict
         self._selectors = tuple(None if s is None else Selector(s, self._registry) for s in (allow, deny))
         self.recorder: Recorder | None = None
-        if trace:
+        if dry_run and verify:
+            raise ValueError("a dry run has no results to verify; ask for one of the two")
+        if dry_run:
+            from gemsmode.dryrun import DryRun
+
+            self._dry = DryRun(dry_run)
+        if verify:
+            from gemsmode.verify import Verifier
+
+            self._verifier = Verifier(on_mismatch, reproducers)
+        if trace or dry_run or verify:
             from gemsmode.tracing import Recorder
 
-            self.recorder = Recorder(current())
+            self.recorder = Recorder(current(), self._dry, self._verifier)
         self._prepare()
         self._registry.watch(self)
 
@@ -140,7 +164,7 @@ class GemsMode(TorchDispatchMode):
         if self.recorder is not None:
             self._policy = self._new_policy()
             self._table = _Table(self._recording)
-            self._policy.reentry = _Reentry(self._policy, self._table)
+            self._policy.reentry = _Reentry(self._policy, self._table, self._dry)
             return
         key = _options_key(self._registry, *self._options)
         found = _shared.get(key)
@@ -155,7 +179,7 @@ class GemsMode(TorchDispatchMode):
 
     def _new_policy(self) -> Policy:
         allow, deny = self._selectors
-        return Policy(self._registry, allow, deny, self._options[2])
+        return Policy(self._registry, allow, deny, self._options[2], None if self._dry is None else self._dry.target)
 
     def rules_changed(self) -> None:
         """A rule was added or removed: what was decided holds no more. The next call decides anew, inside a block too."""
@@ -190,8 +214,13 @@ class GemsMode(TorchDispatchMode):
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    _dry: DryRun | None = None
+    _verifier: Verifier | None = None
+
     def _among_others(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """A call with tensor subclasses in it, or with other modes below this one."""
+        if self._dry is not None and self._dry.takes(types):
+            return self._table[func](*args, **kwargs)
         if _len_torch_dispatch_stack() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
             # Fake, functional or proxy tensors are being made or traced: not for kernels.
             return func(*args, **kwargs)
@@ -206,6 +235,8 @@ class GemsMode(TorchDispatchMode):
         handler: OpHandler = self._policy.handler(op)
         recorder = self.recorder
         assert recorder is not None
+        if self._dry is not None:
+            return self._dry.function(op, handler, recorder)
         if handler.fixed is not None:
             decision, run = handler.fixed.decision, handler.fixed.run
             if decision.kind == "composite":
@@ -237,14 +268,14 @@ class GemsMode(TorchDispatchMode):
             finally:
                 recorder.end(token, op, decided.decision, bound)
 
-        return recorded
+        return recorded if self._verifier is None else self._verifier.function(op, handler, recorder, recorded)
 
     @property
     def report(self) -> Report:
         """What happened to each call so far.
 
         Raises:
-            RuntimeError: the mode was made without ``trace=True``.
+            RuntimeError: the mode was made without ``trace=True``, ``verify=True`` or ``dry_run=...``.
         """
         if self.recorder is None:
             raise RuntimeError("this mode records nothing; make it with GemsMode(trace=True)")
@@ -300,9 +331,9 @@ class GemsMode(TorchDispatchMode):
 class _Reentry(GemsMode):
     """What is pushed while a composite op is taken apart: a mode's decisions without the mode."""
 
-    def __init__(self, policy: Policy, table: _Table) -> None:
+    def __init__(self, policy: Policy, table: _Table, dry: DryRun | None = None) -> None:
         TorchDispatchMode.__init__(self)
-        self._policy, self._table = policy, table
+        self._policy, self._table, self._dry = policy, table, dry
 
 
 def _skip_dynamo(function: Any) -> None:
@@ -371,6 +402,7 @@ class _ProcessMode(GemsMode):
     def follow(self, mode: GemsMode | None) -> None:
         """From now on do what ``mode`` does; None to let every call pass."""
         self._follows, self._is_off = mode, mode is None
+        self._dry = None if mode is None else mode._dry
         self._prepare()
         if self.recorder is not None:
             self.recorder.close()
@@ -398,7 +430,7 @@ _thread_start: Callable[..., Any] = threading.Thread.start
 
 
 def enable(allow: Selection = None, deny: Selection = None, trace: bool = False, strict: bool = False,
-           registry: Registry | None = None) -> GemsMode:
+           registry: Registry | None = None, **options: Any) -> GemsMode:
     """Put a mode in force for the whole process: this thread, autograd's, and every ``threading.Thread`` started later.
 
     A second call replaces the first, in every thread. A ``with GemsMode(...)`` block wins while it lasts. Arguments
@@ -406,7 +438,7 @@ def enable(allow: Selection = None, deny: Selection = None, trace: bool = False,
     ``_thread.start_new_thread``, are not covered.
     """
     global _process
-    mode = _ProcessMode(allow, deny, trace, strict, registry)
+    mode = _ProcessMode(allow, deny, trace, strict, registry, **options)
     with _process_lock:
         _process = mode
         for earlier in _process_modes:

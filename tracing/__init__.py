@@ -7,6 +7,6 @@ CSV, HTML, Markdown or a Chrome trace. Neither decides anything.
 from gemsmode.tracing.files import NotAReportError
 from gemsmode.tracing.ranks import Gathered, gather, merge
 from gemsmode.tracing.recorder import Recorder
-from gemsmode.tracing.report import Change, Coverage, Difference, Record, Report, Row
+from gemsmode.tracing.report import Change, Check, Coverage, Difference, Record, Report, Row
 
-__all__ = ["Change", "Coverage", "Difference", "Gathered", "NotAReportError", "Record", "Recorder", "Report", "Row", "gather", "merge"]
+__all__ = ["Change", "Check", "Coverage", "Difference", "Gathered", "NotAReportError", "Record", "Recorder", "Report", "Row", "gather", "merge"]

@@ -89,7 +89,8 @@ class _Nest:
 def chrome_text(report: Report) -> str:
     """The timeline in the Trace Event Format, which Perfetto and ``chrome://tracing`` open; times are in us."""
     if report._timeline is None:
-        raise ValueError("this report was read from a file, which holds no timeline; write the trace from the report of the run itself")
+        raise ValueError("this report has no timeline: a report read from a file has none (write the trace from the report "
+                         "of the run itself), nor has one of a dry run")
     entries = report._timeline.entries(report._seen)
     origin = entries[0].start if entries else 0
     threads: dict[int, int] = {}

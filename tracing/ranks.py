@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gemsmode.tracing.report import Record, Report
+from gemsmode.tracing.report import Check, Record, Report
 
 _SUMMED = frozenset({"calls", "host_s", "device_s", "device_calls", "captured"})
 _SAME = tuple(f.name for f in dataclasses.fields(Record) if f.name not in _SUMMED)
@@ -71,7 +71,21 @@ def merge(reports: Sequence[Report]) -> Report:
             notes.setdefault(note, []).append(rank)
     texts = tuple(note if len(ranks) == len(reports) else f"rank {', '.join(map(str, ranks))}: {note}" for note, ranks in notes.items())
     environment = {**reports[0].environment, "ranks": len(reports)}
-    return Report(tuple(records), environment, texts, max(report.wall_s for report in reports))
+    checks: dict[tuple[str, str], list[Check]] = {}
+    for report in reports:
+        for check in report.checks:
+            checks.setdefault((check.overload, check.rule), []).append(check)
+    return Report(tuple(records), environment, texts, max(report.wall_s for report in reports),
+                  checks=tuple(sorted(map(_worst, checks.values()), key=lambda c: (-c.allowed, c.overload, c.rule))))
+
+
+def _worst(checks: Sequence[Check]) -> Check:
+    """What several ranks found of one rule: the worst of it, and all its calls."""
+    worst = max(checks, key=lambda c: c.allowed)
+    return dataclasses.replace(
+        worst, compared=sum(c.compared for c in checks), failed=sum(c.failed for c in checks), skipped=sum(c.skipped for c in checks),
+        error_eps=max(c.error_eps for c in checks), error=max(c.error for c in checks), why=next((c.why for c in checks if c.why), ""),
+        first=next((c.first for c in checks if c.first), ""))
 
 
 def gather(report: Report, group: Any = None) -> Gathered:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -28,6 +28,10 @@ from gemsmode.tracing.clock import DeviceClock, Pending
 from gemsmode.tracing.modules import ModuleTracker, Place
 from gemsmode.tracing.report import COMPUTE, Record, Report
 from gemsmode.tracing.timeline import Timeline
+
+if TYPE_CHECKING:
+    from gemsmode.dryrun import DryRun
+    from gemsmode.verify import Verifier
 
 MAX_ROWS = 20_000
 """Rows kept per thread; beyond it, calls of new shapes share one row per op, decision and module."""
@@ -113,13 +117,16 @@ class Recorder:
 
     Args:
         target: what kernels run on; on a present GPU calls are timed by device events, elsewhere by wall time.
+        dry: the dry run whose calls these are; they are not timed.
+        verifier: who compares the calls; its findings become part of the report.
     """
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, dry: DryRun | None = None, verifier: Verifier | None = None) -> None:
+        self.target = target if dry is None else dry.target
+        self._dry, self._verifier = dry, verifier
         self.timeline = Timeline()
         self.modules = ModuleTracker()
-        self._clock = DeviceClock.of(target, self.timeline)
+        self._clock = DeviceClock.of(self.target, self.timeline)
         self._local = threading.local()
         self._buffers: list[_Buffer] = []
         self._numbers = itertools.count()
@@ -138,6 +145,8 @@ class Recorder:
             if self._entered == 1:
                 self._since = time.perf_counter_ns()
                 self.modules.install()
+                if self._dry is not None:
+                    self._dry.install()
         starts = self._local.__dict__.setdefault("entered_at", [])
         starts.append(_get_sequence_nr())
 
@@ -165,6 +174,8 @@ class Recorder:
     def _stop(self) -> None:
         self._wall_ns += time.perf_counter_ns() - self._since
         self.modules.remove()
+        if self._dry is not None:
+            self._dry.remove()
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -188,11 +199,7 @@ class Recorder:
             buffer = self._local.buffer
         except AttributeError:
             buffer = self._new_buffer()
-        place = buffer.place
-        if _current_graph_task_id() == -1:
-            module, phase = place.module, place.phase
-        else:
-            module, phase = self.modules.backward_module(place), "backward"
+        module, phase = self._place(buffer.place)
         try:
             shapes: Any = _shapes(args)
             key: Any = (id(op), decision.kind, decision.rule, decision.reason, decision.bytes, decision.flops, shapes, module, phase)
@@ -203,10 +210,21 @@ class Recorder:
         if row is None:
             row = self._new_row(buffer, key, op, decision, shapes, module, phase, args)
         row.calls += 1
+        if self._dry is not None:
+            return
         row.host_ns += now - began
         index = self.timeline.add(row.number, began, now - began, buffer.thread)
         if mark is not None:
             self._stop_clock(mark, args, buffer, row, index)
+
+    def _place(self, place: Place) -> tuple[str, str]:
+        if _current_graph_task_id() == -1:
+            return place.module, place.phase
+        return self.modules.backward_module(place), "backward"
+
+    def place(self) -> tuple[str, str]:
+        """The module and phase in which this thread is."""
+        return self._place(self.modules.here())
 
     def _new_buffer(self) -> _Buffer:
         buffer = self._local.buffer = _Buffer(self.modules.here())
@@ -256,7 +274,8 @@ class Recorder:
             numbers.update((row.number, len(records)) for row in rows)
             records.append(self._record(rows))
         return Report(tuple(records), self._environment(), tuple(self._notes(records, timed)), wall_ns / 1e9,
-                      self.timeline, seen, numbers)
+                      self.timeline if self._dry is None else None, seen, numbers,
+                      () if self._verifier is None else tuple(self._verifier.checks()))
 
     def _record(self, rows: list[_Totals]) -> Record:
         first = rows[0]
@@ -282,9 +301,12 @@ class Recorder:
             device = torch.cuda.get_device_name()
         elif target.present and target.device_type == "xpu":
             device = torch.xpu.get_device_name()
-        return {"gemsmode": gemsmode.__version__, "torch": torch.__version__, "triton": triton.__version__,
-                "python": platform.python_version(), "device": device, "interpreter": target.interpreted,
-                "timing": "wall" if self._clock is None else "device"}
+        about = {"gemsmode": gemsmode.__version__, "torch": torch.__version__, "triton": triton.__version__,
+                 "python": platform.python_version(), "device": device, "interpreter": target.interpreted,
+                 "timing": "wall" if self._clock is None else "device"}
+        if self._dry is not None:
+            about.update(device=self._dry.name, interpreter=False, timing="none", dry_run=True, peak_bytes=self._dry.memory.peak)
+        return about
 
     def _notes(self, records: list[Record], timed: bool) -> list[str]:
         notes = []
@@ -311,7 +333,9 @@ class Recorder:
             notes.append(f"more than {MAX_ROWS} different calls: later shapes are gathered as (various)")
         if self.timeline.dropped:
             notes.append(f"the timeline holds the first {len(self.timeline)} calls; {self.timeline.dropped} later ones are only counted")
-        if self.target.interpreted:
+        if self._dry is not None:
+            notes += self._dry.notes()
+        elif self.target.interpreted:
             notes.append("kernels ran in Triton's interpreter, which is for checking: their times say nothing about a GPU")
         return notes
 

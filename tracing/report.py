@@ -94,6 +94,39 @@ class Record:
         return self.host_s if self.device_s is None else self.device_s
 
 
+@dataclass(frozen=True)
+class Check:
+    """What ``GemsMode(verify=True)`` found of one rule on one overload.
+
+    Attributes:
+        overload: ``aten.add.Tensor``.
+        rule: the rule's name.
+        compared: calls compared with PyTorch's own.
+        failed: of these, calls whose results are too far from PyTorch's.
+        skipped: calls that could not be compared; ``why`` says so of the last one.
+        error_eps: the largest error, relative to the reference's element and in units of the result dtype's epsilon.
+        error: the largest error relative to the reference's largest element.
+        allowed: the largest error as a multiple of what is tolerated of that element.
+        inputs, module, phase, site: of the call with the largest ``allowed``; ``site`` is ``file:line in function``.
+        first: the first call that was too far off, in words.
+    """
+
+    overload: str
+    rule: str
+    compared: int = 0
+    failed: int = 0
+    skipped: int = 0
+    why: str = ""
+    error_eps: float = 0.0
+    error: float = 0.0
+    allowed: float = 0.0
+    inputs: tuple[str, ...] = ()
+    module: str = ""
+    phase: str = ""
+    site: str = ""
+    first: str = ""
+
+
 class Coverage(NamedTuple):
     """The share of compute that rules served, each from 0 to 1; 0 if there was none."""
 
@@ -221,6 +254,7 @@ class Report:
         environment: versions, device, how time was measured.
         notes: what a reader must know to read the figures right.
         wall_s: seconds that the mode was in force.
+        checks: what verification found, the worst first; empty unless asked for.
     """
 
     records: tuple[Record, ...]
@@ -230,6 +264,7 @@ class Report:
     _timeline: Timeline | None = field(default=None, repr=False)
     _seen: int = field(default=0, repr=False)
     _numbers: dict[int, int] = field(default_factory=dict, repr=False)
+    checks: tuple[Check, ...] = ()
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
@@ -272,7 +307,8 @@ class Report:
             if wanted is None or record.decision in wanted:
                 label = tuple(column(record) for column in columns)
                 found.setdefault(label, Row(label)).add(record)
-        return sorted(found.values(), key=lambda row: (-row.time_s, row.label))
+        # Calls of a dry run have no time: the bytes of their arguments stand in for it.
+        return sorted(found.values(), key=lambda row: (-row.time_s, -row.touched, row.label))
 
     def modules(self, depth: int | None = None) -> list[Row]:
         """Compute per module path and phase, each with everything below it; in the order of the paths.
@@ -330,6 +366,7 @@ class Report:
             "modules": [{"module": row.label[0], "phase": row.label[1], "calls": row.calls, "replaced": row.replaced,
                          "time_s": row.time_s} for row in self.modules()],
             "records": [dataclasses.asdict(record) for record in self.records],
+            **({"checks": [dataclasses.asdict(check) for check in self.checks]} if self.checks else {}),
         }
 
     @classmethod
@@ -342,10 +379,13 @@ class Report:
         if not isinstance(data, dict) or data.get("format") != MARKER or data.get("version", 0) > FORMAT_VERSION:
             raise ValueError(f"expected a gemsmode report of version {FORMAT_VERSION} or earlier, as JSON; "
                              f"write one with report.to_json(path) or `gemsmode report --json PATH`")
-        known = {f.name for f in dataclasses.fields(Record)}
-        values: Any = ({k: tuple(v) if isinstance(v, list) else v for k, v in r.items() if k in known} for r in data["records"])
-        records = tuple(Record(**v) for v in values)
-        return cls(records, data.get("environment", {}), tuple(data.get("notes", ())), data.get("wall_s", 0.0))
+
+        def read(kind: Any, items: Iterable[dict[str, Any]]) -> tuple[Any, ...]:
+            known = {f.name for f in dataclasses.fields(kind)}
+            return tuple(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items() if k in known}) for item in items)
+
+        return cls(read(Record, data["records"]), data.get("environment", {}), tuple(data.get("notes", ())), data.get("wall_s", 0.0),
+                   checks=read(Check, data.get("checks", ())))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
@@ -386,7 +426,7 @@ class Report:
         """A timeline for Perfetto (ui.perfetto.dev) or ``chrome://tracing``: modules, calls in them, device time.
 
         Raises:
-            ValueError: the report was read from a file, which holds no timeline.
+            ValueError: there is no timeline: the report was read from a file, or is of a dry run.
         """
         from gemsmode.tracing.export import chrome_text
 

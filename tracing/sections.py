@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from gemsmode.tracing.report import Difference, Report, Row
 
-NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate", "host"})
+NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate", "host", "bytes", "flops", "compared", "failed", "eps", "relative",
+                     "of tolerance"})
 """Columns that stand to the right."""
 
-FOLDED = frozenset({"arguments", "dtypes", "why", "module", "error", "decision"})
+FOLDED = frozenset({"arguments", "dtypes", "why", "module", "error", "decision", "where", "most at"})
 """Columns that may take several lines."""
 
 
@@ -45,6 +46,17 @@ def seconds(value: float) -> str:
     return f"{value / 1e-6:.3g} us" if value else "0"
 
 
+def scaled(value: float, unit: str, decimal: int = 1000) -> str:
+    """``1.23 GB``, ``45.6 TFLOP``."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < decimal:
+            break
+        value /= decimal
+    else:
+        prefix = "E"
+    return f"{value:.3g} {prefix}{unit}" if value < 1000 else f"{value:,.0f} {prefix}{unit}"
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
@@ -73,10 +85,30 @@ def rate(row: Row) -> str:
     return ", ".join(parts)
 
 
+def is_dry(report: Report) -> bool:
+    """Whether the calls were not run, and so have no time."""
+    return report.environment.get("timing") == "none"
+
+
+def _dry_headline(report: Report, compute: int) -> list[str]:
+    environment, c = report.environment, report.coverage
+    lines = [f"{count(report.calls, 'call')}, {compute:,} of them compute, in a dry run for {environment.get('device', '')}, "
+             f"torch {environment.get('torch', '')}"]
+    flops = {kind: sum((r.flops or 0) * r.calls for r in report.compute if kind == "all" or r.decision == "rule") for kind in ("all", "rule")}
+    share = f", {percent(flops['rule'] / flops['all'])} of {scaled(flops['all'], 'FLOP')}" if flops["all"] else ""
+    lines.append(f"coverage of compute: {percent(c.calls)} of calls, {percent(c.bytes)} of bytes{share}" if compute else
+                 "no call that computes was seen: is the model run inside the block?")
+    if environment.get("peak_bytes"):
+        lines.append(f"tensors at their peak: {scaled(environment['peak_bytes'], 'B')}")
+    return lines
+
+
 def headline(report: Report) -> list[str]:
     """What was seen, and the coverage, in two lines."""
     compute = sum(r.calls for r in report.compute)
     environment = report.environment
+    if is_dry(report):
+        return _dry_headline(report, compute)
     where = f" on {environment['device']}, torch {environment['torch']}" if "device" in environment and "torch" in environment else ""
     lines = [f"{count(report.calls, 'call')}, {compute:,} of them compute, in {seconds(report.wall_s)}{where}"]
     c = report.coverage
@@ -91,9 +123,32 @@ def headline(report: Report) -> list[str]:
     return lines
 
 
-def _sum(rows: Sequence[Row]) -> str:
-    return (f"{count(len({r.label[0] for r in rows}), 'overload')}, {count(sum(r.calls for r in rows), 'call')}, "
-            f"{seconds(sum(r.time_s for r in rows))}")
+def _sum(report: Report, rows: Sequence[Row]) -> str:
+    cost = scaled(sum(r.touched for r in rows), "B") if is_dry(report) else seconds(sum(r.time_s for r in rows))
+    return f"{count(len({r.label[0] for r in rows}), 'overload')}, {count(sum(r.calls for r in rows), 'call')}, {cost}"
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What calls cost: time and its share; where none was run, the bytes of their arguments, their share, and operations."""
+
+    dry: bool
+    total: float
+
+    @classmethod
+    def of(cls, report: Report) -> _Cost:
+        dry = is_dry(report)
+        return cls(dry, sum((r.touched * r.calls if dry else r.time_s) for r in report.compute) or 1.0)
+
+    @property
+    def columns(self) -> list[str]:
+        return ["bytes", "share", "flops"] if self.dry else ["time", "share"]
+
+    def cells(self, row: Row) -> list[str]:
+        if not self.dry:
+            return [seconds(row.time_s), percent(row.time_s / self.total)]
+        flops = sum((r.flops or 0) * r.calls for r in row.records)
+        return [scaled(row.touched, "B"), percent(row.touched / self.total), scaled(flops, "FLOP") if flops else ""]
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
@@ -108,10 +163,11 @@ def sections(report: Report, by: str = "overload", limit: int | None = 20) -> li
             ``"module"`` gives the module table in full.
         limit: rows of each table; None for all.
     """
-    total = sum(r.time_s for r in report.compute) or 1.0
+    cost = _Cost.of(report)
     rows_by = "overload" if by == "module" else by
-    found = [_replaced(report, rows_by, limit, total), _failed(report, limit), _passed(report, rows_by, limit, total), _views(report),
-             _modules(report, None if by == "module" else limit, None if by == "module" else 3, total)]
+    found = [_verified(report, limit), _replaced(report, rows_by, limit, cost), _failed(report, limit),
+             _passed(report, rows_by, limit, cost), _views(report),
+             _modules(report, None if by == "module" else limit, None if by == "module" else 3, cost)]
     return [section for section in found if section is not None]
 
 
@@ -123,20 +179,36 @@ def _words(row: Row, field: str) -> str:
     return "; ".join(dict.fromkeys(str(getattr(r, field) or "") for r in row.records))
 
 
-def _replaced(report: Report, by: str, limit: int | None, total: float) -> Section | None:
+def _verified(report: Report, limit: int | None) -> Section | None:
+    if not report.checks:
+        return None
+    failed = [c for c in report.checks if c.failed]
+    text = f"{count(sum(c.compared for c in report.checks), 'call')} compared with PyTorch's own, on copies of their inputs; "
+    text += "all agree" if not failed else f"{sum(c.failed for c in failed):,} of {count(len(failed), 'overload')} do not"
+    if failed:
+        text += f". The first: {failed[0].first}" if len(failed) == 1 else ". The first of each:\n" + "\n".join(c.first for c in failed[:5])
+    shown = report.checks[:limit]
+    rows = [[short(c.overload), c.rule, f"{c.compared:,}", f"{c.failed:,}" if c.failed else "", f"{c.error_eps:.3g}", f"{c.error:.1e}",
+             f"{c.allowed:.2g}" if c.compared else f"not compared: {c.why}", " ".join(part for part in (c.module, c.phase) if part),
+             c.site] for c in shown]
+    columns = ("overload", "rule", "compared", "failed", "eps", "relative", "of tolerance", "most at", "where")
+    return Section("Verified", "bad" if failed else "good", text, columns, rows, len(report.checks) - len(shown))
+
+
+def _replaced(report: Report, by: str, limit: int | None, cost: _Cost) -> Section | None:
     rows = report.rows(by, ["rule"])
     if not rows:
         return Section("Replaced", "good", "nothing") if report.compute else None
-    rated = not report.environment.get("interpreter") and any(rate(row) for row in rows)
+    rated = not report.environment.get("interpreter") and not cost.dry and any(rate(row) for row in rows)
     shapes = by == "shape"
     host = report.environment.get("timing") == "device"
-    columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "rule", "calls", "time", "share",
+    columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "rule", "calls", *cost.columns,
                *(["host"] if host else []), *(["rate"] if rated else []), *([] if shapes else ["dtypes"])]
     shown, left_out = _cut(rows, limit)
-    table = [[short(row.label[0]), *([row.label[1]] if shapes else []), _words(row, "rule"), f"{row.calls:,}", seconds(row.time_s),
-              percent(row.time_s / total), *([seconds(row.host_s)] if host else []), *([rate(row)] if rated else []),
+    table = [[short(row.label[0]), *([row.label[1]] if shapes else []), _words(row, "rule"), f"{row.calls:,}",
+              *cost.cells(row), *([seconds(row.host_s)] if host else []), *([rate(row)] if rated else []),
               *([] if shapes else [", ".join(row.dtypes)])] for row in shown]
-    return Section("Replaced", "good", f"{_sum(rows)}, by Triton kernels", columns, table, left_out)
+    return Section("Replaced", "good", f"{_sum(report, rows)}, by Triton kernels", columns, table, left_out)
 
 
 def _failed(report: Report, limit: int | None) -> Section | None:
@@ -145,22 +217,22 @@ def _failed(report: Report, limit: int | None) -> Section | None:
         return None
     shown, left_out = _cut(rows, limit)
     table = [[short(row.label[0]), _words(row, "rule"), f"{row.calls:,}", clip(_words(row, "reason"), 200)] for row in shown]
-    return Section("Failed", "bad", f"{_sum(rows)}, PyTorch's own ran instead", ("overload", "rule", "calls", "error"), table, left_out)
+    return Section("Failed", "bad", f"{_sum(report, rows)}, PyTorch's own ran instead", ("overload", "rule", "calls", "error"), table, left_out)
 
 
-def _passed(report: Report, by: str, limit: int | None, total: float) -> Section | None:
+def _passed(report: Report, by: str, limit: int | None, cost: _Cost) -> Section | None:
     rows = report.rows(by, ["pass"])
     if not rows:
         return None
     shapes = by == "shape"
     host = report.environment.get("timing") == "device"
-    columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "calls", "time", "share",
+    columns = ["op" if by == "op" else "overload", *(["arguments"] if shapes else []), "calls", *cost.columns,
                *(["host"] if host else []), "why", *([] if shapes else ["shapes", "most often"])]
     shown, left_out = _cut(rows, limit)
-    table = [[short(row.label[0]), *([row.label[1]] if shapes else []), f"{row.calls:,}", seconds(row.time_s), percent(row.time_s / total),
+    table = [[short(row.label[0]), *([row.label[1]] if shapes else []), f"{row.calls:,}", *cost.cells(row),
               *([seconds(row.host_s)] if host else []), _words(row, "reason"),
               *([] if shapes else [str(len(row.shapes)), clip(row.usual_shapes[0])])] for row in shown]
-    return Section("What to write next", "open", f"{_sum(rows)}, passed through to PyTorch", columns, table, left_out)
+    return Section("What to write next", "open", f"{_sum(report, rows)}, passed through to PyTorch", columns, table, left_out)
 
 
 def _views(report: Report) -> Section | None:
@@ -170,18 +242,17 @@ def _views(report: Report) -> Section | None:
     names = ", ".join(f"{short(row.label[0])} {row.calls}" for row in rows[:6]) + (", ..." if len(rows) > 6 else "")
     calls, host_s = sum(r.calls for r in rows), sum(r.host_s for r in rows)
     return Section("Views, allocations, metadata", "",
-                   f"{count(calls, 'call')}, {seconds(host_s)} of host time, not in the figures above: {names}")
+                   f"{count(calls, 'call')}, {'' if is_dry(report) else seconds(host_s) + ' of host time, '}not in the figures above: {names}")
 
 
-def _modules(report: Report, limit: int | None, depth: int | None, total: float) -> Section | None:
+def _modules(report: Report, limit: int | None, depth: int | None, cost: _Cost) -> Section | None:
     rows = report.modules(depth)
     if all(row.label[0] == "(no module)" for row in rows):
         return None
     shown, left_out = _cut(rows, limit)
-    table = [[row.label[0], row.label[1], f"{row.calls:,}", percent(row.replaced / row.calls), seconds(row.time_s),
-              percent(row.time_s / total)] for row in shown]
+    table = [[row.label[0], row.label[1], f"{row.calls:,}", percent(row.replaced / row.calls), *cost.cells(row)] for row in shown]
     return Section("Modules", "", "compute in each, with everything below it",
-                   ("module", "phase", "calls", "replaced", "time", "share"), table, left_out)
+                   ("module", "phase", "calls", "replaced", *cost.columns), table, left_out)
 
 
 def difference(diff: Difference, limit: int | None = 20) -> tuple[list[str], Section]:
