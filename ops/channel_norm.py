@@ -727,7 +727,10 @@ def _batch_norm_backward(call: Call, g: int, x: int, w: int, mean: int, spread: 
     _statistics_dtype(given, [weight, centre, width], target)
     if target.device_type != "cpu" and weight is None and (mask[1] or mask[2]):
         raise Decline("the gradient of a parameter that is not given")
-    parameter = weight.dtype if weight is not None else parameter_dtype(given, (centre,), target)
+    if weight is not None:
+        parameter = weight.dtype
+    else:
+        parameter = parameter_dtype(given, (centre,), target) if target.device_type == "cpu" else given.dtype
     out = _new_strides(given, target)
     shape = _channels(given, [out, grad.stride, given.stride], target)
     for meta in (weight, centre, width):

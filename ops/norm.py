@@ -243,7 +243,7 @@ def norm_backward_loop_kernel(dx, p_g, p_x, means, p_rstd, weight, n_rows, n, si
         mask = m_row[:, None] & m_column[None, :]
         v = tl.load(p_gi + unravel(o_column, columns, g_columns)[None, :], mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
         x = tl.load(p_xi + unravel(o_column, columns, x_columns)[None, :], mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
-        h, _ = _normalized(x, means, p_rstd, o_row, m_row, ACC)
+        h, rstd = _normalized(x, means, p_rstd, o_row, m_row, ACC)
         if len(weight) == 1:
             v = v * tl.load(weight[0] + unravel(o_column, columns, w_columns), mask=m_column, other=0.0).to(ACC)[None, :]
         sum_v += v
@@ -289,7 +289,7 @@ def norm_weights_kernel(dw, db, p_g, p_x, means, p_rstd, n_rows, n, run, sizes, 
         g = tl.load(p_g + unravel(o_row, sizes, g_rows)[:, None] + o_g, mask=mask, other=0.0).to(ACC)
         if len(dw) == 1:
             x = tl.load(p_x + unravel(o_row, sizes, x_rows)[:, None] + o_x, mask=mask, other=0.0).to(ACC)
-            h, _ = _normalized(x, means, p_rstd, o_row, m_row, ACC)
+            h, rstd = _normalized(x, means, p_rstd, o_row, m_row, ACC)
             sum_w += g * tl.where(mask, h, 0.0)
         sum_b += g
     if len(dw) == 1:
