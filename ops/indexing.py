@@ -1,4 +1,4 @@
-"""Indexing: embedding and its backward, index_select, gather.
+"""Indexing: embedding and its backward, index_select, gather, index, index_put, scatter, index_add.
 
 Every index is checked on the device (``tl.device_assert``, as PyTorch's kernels do): an index out of range stops the
 program instead of reading or writing elsewhere.
@@ -9,19 +9,21 @@ Source: ``torch.nn.functional.embedding``, ``torch.index_select``, ``torch.gathe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from gemsmode.launch import Constants
-from gemsmode.ops.movement import choose_rows, wrap_dim
-from gemsmode.ops.pointwise import power_of_2
-from gemsmode.ops.promotion import ALL, FLOAT, opmath
-from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, extent, stride
-from gemsmode.predicates import dtype
+from gemsmode.ops.layout import broadcast_shape, broadcast_strides, preserved_strides
+from gemsmode.ops.movement import choose_rows, same, wrap_dim
+from gemsmode.ops.pointwise import Operand, build, power_of_2
+from gemsmode.ops.promotion import ALL, FLOAT, TRITON, opmath
+from gemsmode.plan import Alloc, Arg, Decline, Disjoint, Launch, Num, Out, Plan, Size, contiguous_strides, extent, stride
+from gemsmode.predicates import dtype, dtype_name
 from gemsmode.registry import planned
-from gemsmode.signature import Call, TensorMeta
+from gemsmode.signature import Call, TensorMeta, parameters
 
 _INDEX = (torch.int32, torch.int64)
 _WIDE = 2**31 - 2**17
@@ -258,3 +260,317 @@ def embedding_dense_backward(call: Call) -> Plan:
     )
     moved = (limit * width + grad.numel) * grad.dtype.itemsize + n * indices.dtype.itemsize
     return Plan((alloc, count, start, rank, order), launches, Out(0), metas, bytes=moved)
+
+
+# -- reading and writing by several indices ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_offset(y, sizes, strides):
+    """The offset of row y, taken apart into all dimensions but the innermost."""
+    o = tl.zeros_like(y)
+    rest = y
+    for d in tl.static_range(1, len(sizes)):
+        o += (rest % sizes[d]) * strides[d]
+        rest = rest // sizes[d]
+    return o
+
+
+@triton.jit
+def _offsets(y, x, sizes, strides):
+    return _row_offset(y, sizes, strides)[:, None] + (x * strides[0])[None, :]  # [BLOCK_Y, BLOCK_X]
+
+
+@triton.jit
+def _indexed(indices, limits, steps, index_strides, y, x, m, sizes, WRAP: tl.constexpr):
+    """The part of an address that the indices choose. WRAP: negative indices count from the end."""
+    o = tl.zeros(m.shape, tl.int64)
+    for j in tl.static_range(len(indices)):
+        b = tl.load(indices[j] + _offsets(y, x, sizes, index_strides[j]), mask=m, other=0).to(tl.int64)
+        if WRAP:
+            b = tl.where(b < 0, b + limits[j], b)
+        wrong = m & ((b < 0) | (b >= limits[j]))
+        tl.device_assert(wrong == 0, "index out of bounds")
+        o += tl.where(wrong, 0, b) * steps[j]
+    return o
+
+
+@triton.jit
+def _block(n_rows, sizes, WIDE: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    i_y = tl.program_id(0)
+    i_x = tl.program_id(1)
+    if WIDE:
+        i_y = i_y.to(tl.int64)
+        i_x = i_x.to(tl.int64)
+    y = i_y * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    x = i_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    return y, x, (y < n_rows)[:, None] & (x < sizes[0])[None, :]
+
+
+@triton.jit
+def index_kernel(outs, p_x, indices, limits, steps, n_rows, sizes, out_strides, x_strides, index_strides, WIDE: tl.constexpr,
+                 BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """``out[c] = x[c, with the indexed coordinates read from the indices]``. Grid: (row blocks, column blocks)."""
+    y, x, m = _block(n_rows, sizes, WIDE, BLOCK_Y, BLOCK_X)
+    o = _indexed(indices, limits, steps, index_strides, y, x, m, sizes, True)
+    b = tl.load(p_x + o + _offsets(y, x, sizes, x_strides), mask=m)
+    tl.store(outs[0] + _offsets(y, x, sizes, out_strides), b, mask=m)
+
+
+@triton.jit
+def put_kernel(outs, values, number, indices, limits, steps, n_rows, sizes, out_strides, value_strides, index_strides, ADD: tl.constexpr,
+               WRAP: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """``out[c, indexed] = values[c]``, or ``+= number * values[c]`` if ADD; without values, ``number``."""
+    y, x, m = _block(n_rows, sizes, WIDE, BLOCK_Y, BLOCK_X)
+    o = _indexed(indices, limits, steps, index_strides, y, x, m, sizes, WRAP) + _offsets(y, x, sizes, out_strides)
+    if len(values) == 1:
+        b = tl.load(values[0] + _offsets(y, x, sizes, value_strides), mask=m)
+        if ADD:
+            b = b.to(COMPUTE) * tl.cast(number, COMPUTE)
+    else:
+        b = tl.broadcast_to(tl.cast(number, COMPUTE), m.shape)
+    b = b.to(outs[0].dtype.element_ty)
+    if ADD:
+        tl.atomic_add(outs[0] + o, b, mask=m, sem="relaxed")
+    else:
+        tl.store(outs[0] + o, b, mask=m)
+
+
+class Loop(NamedTuple):
+    """The dimensions that an indexed op goes over, and the strides of each operand along them, outermost first.
+
+    Attributes:
+        shape: their sizes.
+        operands: strides of the operands; those of the indices come last.
+    """
+
+    shape: tuple[int, ...]
+    operands: tuple[tuple[int, ...], ...]
+
+
+def _loop(call: Call, loop: Loop, itemsize: int, wide: bool) -> tuple[Any, Any, Any, Any, Any]:
+    """Rows, grid, sizes and strides as kernel arguments, and the constants of the block, after merging dimensions."""
+    sizes: list[int] = []
+    table: list[list[int]] = []
+    for d in reversed(range(len(loop.shape))):
+        if loop.shape[d] == 1:
+            continue
+        column = [s[d] for s in loop.operands]
+        if sizes and all(a * sizes[-1] == b for a, b in zip(table[-1], column)):
+            sizes[-1] *= loop.shape[d]
+        else:
+            sizes.append(loop.shape[d])
+            table.append(column)
+    if not sizes:
+        sizes, table = [1], [[0] * len(loop.operands)]
+    rows = 1
+    for s in sizes[1:]:
+        rows *= s
+    tile = choose_rows(rows, sizes[0], itemsize, call.target)
+    grid = (-(-rows // tile.rows), -(-sizes[0] // tile.columns), 1)
+    steps = [(table[0][k], *[stride(c[k]) for c in table[1:]]) for k in range(len(loop.operands))]
+    constants = (("WIDE", wide), ("BLOCK_Y", tile.rows), ("BLOCK_X", tile.columns))
+    return Size(rows), grid, (extent(sizes[0]), *[Size(s) for s in sizes[1:]]), steps, constants
+
+
+Chosen = tuple[Arg, TensorMeta, int, tuple[int, ...]]
+"""An index: its reference, metadata, the dimension that it chooses in, and its strides over the result."""
+
+
+def _advanced(x: TensorMeta, indices: Sequence[Any], first: int) -> tuple[tuple[int, ...], tuple[int, ...], list[Chosen]]:
+    """Indexing of ``x`` with tensors (None: the whole dimension): the result's shape, the strides of x over it (0 along what the
+    indices choose), and the indices. ``first``: the number of the argument that holds the list."""
+    if len(indices) > x.ndim:
+        raise Decline("PyTorch rejects it: too many indices")
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if not given:
+        raise Decline("no index")
+    for _, index in given:
+        if index.dtype not in _INDEX:
+            raise Decline(f"an index of {dtype_name(index.dtype)}")
+        if index.device != x.device:
+            raise Decline("indices on another device")
+    shape = broadcast_shape([i.shape for _, i in given])
+    dims = [d for d, _ in given]
+    adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
+    whole = [d for d in range(x.ndim) if d not in dims]
+    before = [d for d in whole if d < dims[0]] if adjacent else []
+    after = [d for d in whole if d not in before]
+    result = (*[x.shape[d] for d in before], *shape, *[x.shape[d] for d in after])
+    own = (*[x.stride[d] for d in before], *(0,) * len(shape), *[x.stride[d] for d in after])
+    refs = [(Arg(first, d), i, d, (*(0,) * len(before), *broadcast_strides(i, shape), *(0,) * len(after))) for d, i in given]
+    return result, own, refs
+
+
+@planned("aten.index.Tensor", dtype(*ALL, arg="self"), family="indexing", kernel=index_kernel)
+def index(call: Call) -> Plan:
+    """``self[indices]`` with integer indices. Source: NumPy's advanced indexing, which PyTorch follows."""
+    x, indices = call.args
+    shape, own, refs = _advanced(x, indices, 1)
+    if not x.is_contiguous:
+        raise Decline("a tensor that is not contiguous, whose layout the result follows")
+    alloc = Alloc(shape, contiguous_strides(shape), x.dtype)
+    metas = {Arg(0): x, **{ref: meta for ref, meta, _, _ in refs}}
+    n = alloc.meta.numel
+    if n == 0:
+        raise Decline("an empty result")
+    loop = Loop(shape, (alloc.stride, own, *[s for *_, s in refs]))
+    wide = max(n, x.extent) >= _WIDE
+    rows, grid, sizes, steps, constants = _loop(call, loop, x.dtype.itemsize, wide)
+    args = ((Out(0),), Arg(0), tuple(ref for ref, *_ in refs), tuple(Size(x.shape[d]) for _, _, d, _ in refs),
+            tuple(stride(x.stride[d]) for _, _, d, _ in refs), rows, sizes, steps[0], steps[1], tuple(steps[2:]))
+    moved = 2 * n * x.dtype.itemsize + sum(meta.numel * meta.dtype.itemsize for _, meta, *_ in refs)
+    return Plan((alloc,), (Launch(index_kernel, grid, args, Constants(constants), asserts=True),), Out(0), metas, bytes=moved)
+
+
+_ADDABLE = (torch.float32, torch.float64, torch.int32, torch.int64)
+"""Dtypes that are added to by atomics; 16-bit floats would be rounded at every addition."""
+
+
+def _deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def _written(call: Call, preserve: bool) -> TensorMeta:
+    """The tensor that is written: the first argument in place, else a copy, laid out alike or contiguous."""
+    x = call.args[0]
+    if parameters(call.op)[0].is_written:
+        return x
+    return x._replace(stride=preserved_strides(x) if preserve else contiguous_strides(x.shape))
+
+
+def _put(call: Call, out: TensorMeta, loop: Loop, refs: Sequence[tuple[Arg, TensorMeta, int]], value: Any, number: Any, add: bool,
+         wrap: bool) -> Plan:
+    """A plan that writes at indices into ``out``, the first argument or a copy of it. ``loop.operands`` are the strides of
+    ``out``, of the values (zeros without) and of the indices; ``refs`` hold each index and its dimension."""
+    x = call.args[0]
+    if add and x.dtype not in _ADDABLE:
+        raise Decline(f"{dtype_name(x.dtype)} is not added to by atomics")
+    if add and _deterministic():
+        raise Decline("atomics, while deterministic algorithms are asked for")
+    inplace = parameters(call.op)[0].is_written
+    metas = {Arg(0): x, **{ref: meta for ref, meta, _ in refs}}
+    if isinstance(value, Arg):
+        meta = call.args[value.index]
+        if meta.dtype != x.dtype:
+            raise Decline(f"values of {dtype_name(meta.dtype)} for a tensor of {dtype_name(x.dtype)}")
+        metas[value] = meta
+    if out.may_overlap_itself:
+        raise Decline("a tensor that overlaps itself")
+    n = 1
+    for s in loop.shape:
+        n *= s
+    launches: tuple[Launch, ...] = ()
+    allocs: tuple[Alloc, ...] = ()
+    written: Any = Arg(0)
+    if not inplace:
+        copied = build(call, same, [Operand(Arg(0), x, x.dtype, x.dtype)], [x.dtype], x.shape, out.stride)
+        allocs, launches, written = copied.allocs, copied.launches, Out(0)
+    if n:
+        wide = max(n, x.extent) >= _WIDE
+        rows, grid, sizes, steps, constants = _loop(call, loop, x.dtype.itemsize, wide)
+        args = ((written,), (value,) if isinstance(value, Arg) else (), number, tuple(ref for ref, *_ in refs),
+                tuple(Size(x.shape[d]) for *_, d in refs), tuple(stride(out.stride[d]) for *_, d in refs), rows, sizes, steps[0], steps[1],
+                tuple(steps[2:]))
+        given = Constants((("ADD", add), ("WRAP", wrap), ("COMPUTE", TRITON[opmath(x.dtype)]), *constants))
+        launches += (Launch(put_kernel, grid, args, given, asserts=True),)
+    disjoint = tuple(Disjoint(Arg(0), ref, x.extent * x.dtype.itemsize, m.extent * m.dtype.itemsize, False)
+                     for ref, m in metas.items() if inplace and ref != Arg(0))
+    moved = n * x.dtype.itemsize * 2 + (0 if inplace else 2 * x.numel * x.dtype.itemsize)
+    return Plan(allocs, launches, written, metas, disjoint=disjoint, bytes=moved)
+
+
+def _number(call: Call, index: int, x: TensorMeta) -> Num:
+    return Num(index, "fp64" if x.dtype == torch.float64 else "fp32" if x.dtype.is_floating_point else "i64")
+
+
+@planned(["aten.index_put.default", "aten.index_put_.default"], dtype(*ALL, arg="self"), family="indexing", kernel=put_kernel,
+         state=(_deterministic,))
+def index_put(call: Call) -> Plan:
+    """``self[indices] = values`` or ``+= values``."""
+    x, indices, values, accumulate = call.args
+    out = _written(call, True)
+    shape, own, refs = _advanced(out, indices, 1)
+    if values.numel and broadcast_shape([shape, values.shape]) != shape:
+        raise Decline("PyTorch rejects it: the values do not broadcast to the indices")
+    loop = Loop(shape, (own, broadcast_strides(values, shape), *[s for *_, s in refs]))
+    return _put(call, out, loop, [(r, m, d) for r, m, d, _ in refs], Arg(2), 1.0 if x.dtype.is_floating_point else 1, accumulate, True)
+
+
+def _along(call: Call) -> tuple[TensorMeta, int, TensorMeta]:
+    """self, dim and index of a scatter, checked."""
+    x, dim, chosen = call.args[:3]
+    if chosen.dtype not in _INDEX:
+        raise Decline(f"an index of {dtype_name(chosen.dtype)}")
+    if x.ndim != chosen.ndim or x.ndim == 0:
+        raise Decline("a 0-dim tensor, or ranks that differ")
+    dim = wrap_dim(dim, x.ndim)
+    if any(i > n for d, (i, n) in enumerate(zip(chosen.shape, x.shape)) if d != dim):
+        raise Decline("PyTorch rejects it: the index is larger than the tensor in another dimension than dim")
+    return x, dim, chosen
+
+
+def _scatter(call: Call, source: int | None, number: Any, add: bool) -> Plan:
+    x, dim, chosen = _along(call)
+    out = _written(call, False)
+    own = tuple(0 if d == dim else s for d, s in enumerate(out.stride))
+    zeros = (0,) * x.ndim
+    if source is not None:
+        src = call.args[source]
+        if src.ndim != x.ndim or any(i > n for i, n in zip(chosen.shape, src.shape)):
+            raise Decline("PyTorch rejects it: the index is larger than the source")
+    loop = Loop(chosen.shape, (own, zeros if source is None else call.args[source].stride, chosen.stride))
+    return _put(call, out, loop, [(Arg(2), chosen, dim)], None if source is None else Arg(source), number, add, False)
+
+
+def _one(x: TensorMeta) -> float | int:
+    return 1.0 if x.dtype.is_floating_point else 1
+
+
+@planned(["aten.scatter.src", "aten.scatter_.src"], dtype(*ALL, arg="self"), family="indexing", kernel=put_kernel, state=(_deterministic,))
+def scatter_src(call: Call) -> Plan:
+    """self, dim, index, src: ``self[index] = src`` along dim."""
+    if _deterministic():
+        raise Decline("which of several writes to one place wins is not determined")
+    return _scatter(call, 3, _one(call.args[0]), False)
+
+
+@planned(["aten.scatter.value", "aten.scatter_.value"], dtype(*ALL, arg="self"), family="indexing", kernel=put_kernel)
+def scatter_value(call: Call) -> Plan:
+    """self, dim, index, value."""
+    if not call.args[0].dtype.is_floating_point and not isinstance(call.args[3], (int, bool)):
+        raise Decline("a fractional value for an integer tensor")
+    return _scatter(call, None, _number(call, 3, call.args[0]), False)
+
+
+@planned(["aten.scatter_add.default", "aten.scatter_add_.default"], dtype(*ALL, arg="self"), family="indexing", kernel=put_kernel,
+         state=(_deterministic,))
+def scatter_add(call: Call) -> Plan:
+    """self, dim, index, src: ``self[index] += src`` along dim, by atomics."""
+    return _scatter(call, 3, _one(call.args[0]), True)
+
+
+@planned(["aten.scatter.reduce", "aten.scatter_.reduce"], dtype(*ALL, arg="self"), family="indexing", kernel=put_kernel,
+         state=(_deterministic,))
+def scatter_reduce(call: Call) -> Plan:
+    """``scatter_add`` under another name; products are left to PyTorch."""
+    if call["reduce"] != "add":
+        raise Decline(f"reduce={call['reduce']!r}")
+    return _scatter(call, 3, _one(call.args[0]), True)
+
+
+@planned(["aten.index_add.default", "aten.index_add_.default"], dtype(*ALL, arg="self"), family="indexing", kernel=put_kernel,
+         state=(_deterministic,))
+def index_add(call: Call) -> Plan:
+    """self, dim, index, source, alpha: ``self[..., index, ...] += alpha * source``."""
+    x, dim, chosen, source, _ = call.args
+    if x.ndim == 0 or chosen.ndim > 1 or chosen.dtype not in _INDEX:
+        raise Decline("a 0-dim tensor, or an index that is no vector of integers")
+    dim = wrap_dim(dim, x.ndim)
+    if source.ndim != x.ndim or any((chosen.numel if d == dim else n) != s for d, (n, s) in enumerate(zip(x.shape, source.shape))):
+        raise Decline("PyTorch rejects it, or the source is 0-dim: its shape is not the tensor's with the index's length")
+    out = _written(call, False)
+    own = tuple(0 if d == dim else s for d, s in enumerate(out.stride))
+    along = tuple((chosen.stride[0] if chosen.ndim else 0) if d == dim else 0 for d in range(x.ndim))
+    loop = Loop(source.shape, (own, source.stride, along))
+    return _put(call, out, loop, [(Arg(2), chosen, dim)], Arg(3), _number(call, 4, x), True, False)

@@ -73,3 +73,59 @@ def test_out_of_range_raises_pytorch_error() -> None:
                      lambda: aten.gather(weight, 0, torch.tensor([[50]]))):
             with pytest.raises((IndexError, RuntimeError), match=r"range|bound"):
                 call()
+
+
+def in_place(function, x: torch.Tensor, *args) -> None:
+    """``function`` writes into its first argument, through a view of a larger tensor that must not change otherwise."""
+    whole = torch.full((x.shape[0] + 2, *x.shape[1:]), 7, dtype=x.dtype, device=x.device)
+    whole[1:-1] = x
+    expected = whole.clone()
+    function(expected[1:-1], *args)
+    with GemsMode(strict=True, trace=True) as mode:
+        view = whole[1:-1]
+        assert function(view, *args) is view
+    assert not [r for r in mode.report.to_dict()["ops"] if r["decision"] == "pass"], mode.report.to_dict()["ops"]
+    torch.testing.assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_scatters(dtype: torch.dtype) -> None:
+    device = current().device_type
+    x, src = torch.randn(6, 7, device=device).mul(9).to(dtype), torch.randn(9, 9, device=device).mul(9).to(dtype)
+    unique = torch.stack([torch.randperm(6, device=device) for _ in range(7)], 1)
+    repeated = torch.randint(0, 6, (8, 7), device=device)
+    in_place(lambda t, i, s: t.scatter_(0, i, s), x, unique, src)
+    in_place(lambda t, i: t.scatter_(0, i, 3), x, repeated)
+    in_place(lambda t, i, s: t.scatter_add_(0, i, s), x, repeated, src)
+    in_place(lambda t, i, s: t.scatter_(0, i, s, reduce="add"), x, repeated, src)
+    in_place(lambda t, i, s: t.index_add_(0, i, s[:5, :7], alpha=2), x, torch.tensor([0, 3, 3, 5, 0], device=device), src)
+    exactly(torch.scatter, x, 0, unique, src)
+    exactly(lambda t, i, s: t.index_add(0, i, s[:2, :7]), x.t().contiguous().t(), torch.tensor([0, 3], device=device), src)
+    exactly(lambda t, i, v: aten.index_put(t, i, v), x.t().contiguous().t(), (torch.tensor([0, 3], device=device),), src[:2, :7])
+    exactly(torch.scatter, x.t().contiguous().t(), 1, torch.randint(0, 7, (6, 1), device=device), src)
+
+
+def test_index_and_index_put() -> None:
+    device = current().device_type
+    x = torch.randn(5, 6, 7, device=device)
+    rows, columns = torch.tensor([[0, 2], [-1, 4]], device=device), torch.tensor([1, 5], device=device)
+    for indices in ((rows,), (rows, columns), (None, columns), (rows, None, columns), (None, rows, columns)):
+        exactly(aten.index, x, indices)
+        values = torch.randn_like(aten.index(x, indices))
+        in_place(lambda t, i, v: aten.index_put_(t, i, v), x, indices, values)
+        in_place(lambda t, i, v: aten.index_put_(t, i, v, True), x, indices, values)
+    in_place(lambda t, i, v: aten.index_put_(t, i, v, True), x, (torch.zeros(50, dtype=torch.int64, device=device),),
+             torch.randn(6, 7, device=device))
+
+
+def test_atomics_yield_to_deterministic_algorithms() -> None:
+    device = current().device_type
+    x, index = torch.zeros(4, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with GemsMode(strict=True, trace=True) as mode:
+            x.scatter_add(0, index, torch.ones(3, device=device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (row,) = [r for r in mode.report.to_dict()["ops"] if "scatter_add" in r["overload"]]
+    assert row["decision"] == "pass" and "deterministic" in row["reason"]
