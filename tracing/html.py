@@ -79,6 +79,9 @@ def _embedded(value: Any) -> str:
 def page(report: Report) -> str:
     """The whole page."""
     lines = "".join(f"<p>{escape(line)}</p>" for line in content.headline(report))
+    for section in content.sections(report, limit=None):
+        if section.heading == "Verified":
+            lines += f"<h2>Verified</h2><p>{escape(section.text)}</p><div class=\"scroll\">{_table(section.columns, section.rows)}</div>"
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in report.notes)
     about = escape(", ".join(f"{key} {value}" for key, value in report.environment.items()))
     parts = {"MARKER": MARKER, "HEAD": lines, "NOTES": notes, "ABOUT": about,

@@ -11,7 +11,7 @@ NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate", "ho
                      "of tolerance"})
 """Columns that stand to the right."""
 
-FOLDED = frozenset({"arguments", "dtypes", "why", "module", "error", "decision", "where", "most at"})
+FOLDED = frozenset({"arguments", "dtypes", "why", "module", "error", "decision", "worst at"})
 """Columns that may take several lines."""
 
 
@@ -189,10 +189,15 @@ def _verified(report: Report, limit: int | None) -> Section | None:
         text += f". The first: {failed[0].first}" if len(failed) == 1 else ". The first of each:\n" + "\n".join(c.first for c in failed[:5])
     shown = report.checks[:limit]
     rows = [[short(c.overload), c.rule, f"{c.compared:,}", f"{c.failed:,}" if c.failed else "", f"{c.error_eps:.3g}", f"{c.error:.1e}",
-             f"{c.allowed:.2g}" if c.compared else f"not compared: {c.why}", " ".join(part for part in (c.module, c.phase) if part),
-             c.site] for c in shown]
-    columns = ("overload", "rule", "compared", "failed", "eps", "relative", "of tolerance", "most at", "where")
+             f"{c.allowed:.2g}", f"{c.module or '(no module)'} {c.phase}, {_short_site(c.site)}" if c.compared else f"not compared: {c.why}"]
+            for c in shown]
+    columns = ("overload", "rule", "compared", "failed", "eps", "relative", "of tolerance", "worst at")
     return Section("Verified", "bad" if failed else "good", text, columns, rows, len(report.checks) - len(shown))
+
+
+def _short_site(site: str) -> str:
+    """``train.py:12`` for ``/home/me/train.py:12 in step``."""
+    return site.partition(" in ")[0].replace("\\", "/").rpartition("/")[2] or "no frame"
 
 
 def _replaced(report: Report, by: str, limit: int | None, cost: _Cost) -> Section | None:

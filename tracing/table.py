@@ -34,8 +34,10 @@ def _section(section: Section) -> list[Any]:
     parts: list[Any] = [Text(), Text.assemble(heading, f": {section.text}" if section.text else "")]
     if section.columns:
         table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-        for name in section.columns:
-            table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=name not in FOLDED,
+        for i, name in enumerate(section.columns):
+            # A number that is cut is another number: names give way first.
+            least = max(map(len, (name, *(row[i] for row in section.rows)))) if name in NUMBERS else None
+            table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=name not in FOLDED, min_width=least,
                              overflow="fold" if name in FOLDED else "ellipsis")
         for row in section.rows:
             table.add_row(*map(Text, row))
