@@ -70,7 +70,8 @@ def find_op(name: str | OpOverload) -> OpOverload:
     namespace = "aten" if parts[0] in known else parts.pop(0)
     packet, overload = parts[0] if parts else namespace, parts[1] if len(parts) > 1 else "default"
     if namespace == "aten" and packet in known and overload not in known[packet]:
-        raise UnknownOpError(name, (f"{packet}.{o}" for o in known[packet]), "overload", near=f"{packet}." + (overload if len(parts) > 1 else ""))
+        near = f"{packet}." + (overload if len(parts) > 1 else "")
+        raise UnknownOpError(name, (f"{packet}.{o}" for o in known[packet]), "overload", near=near)
     try:
         return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except (AttributeError, RuntimeError):
