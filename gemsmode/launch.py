@@ -242,12 +242,13 @@ def interpreted_launch(spec: Spec, grid: tuple[int, int, int], arguments: tuple[
 
 
 def _interpreted_number(argument: Any, kind: Any) -> Any:
-    """``argument`` as the interpreter must be given it: by itself it would take a Python float for a float32."""
+    """``argument`` as the interpreter must be given it: by itself it would take a Python float for a float32, and -0.0 for 0."""
     if isinstance(argument, tuple):
         return tuple(_interpreted_number(a, k) for a, k in zip(argument, kind))
-    if kind == "fp64" and isinstance(argument, float):
+    if kind in ("fp32", "fp64") and isinstance(argument, float):
         import numpy
         from triton.runtime.interpreter import TensorHandle
 
-        return tl.tensor(TensorHandle(numpy.array([argument], dtype=numpy.float64), tl.float64), tl.float64)
+        dtype = tl.float64 if kind == "fp64" else tl.float32
+        return tl.tensor(TensorHandle(numpy.array([argument], dtype=numpy.dtype(dtype.name.replace("fp", "float"))), dtype), dtype)
     return argument

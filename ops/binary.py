@@ -110,6 +110,10 @@ def _check_add_relu(call: Call, common: torch.dtype) -> None:
 @triton.jit
 def add_relu(self, other, alpha):
     total = self + other * alpha
+    if total.dtype == tl.float32:  # PyTorch clamps to the range of finite numbers
+        total = tl.where(total > 3.4028234663852886e38, 3.4028234663852886e38, total)
+    elif total.dtype == tl.float64:
+        total = tl.where(total > 1.7976931348623157e308, 1.7976931348623157e308, total)
     return tl.where(total < 0, 0, total)
 
 
@@ -382,9 +386,33 @@ def _pow_fast(self, exponent):
 
 
 @triton.jit
+def _positive_pow(x, y):
+    """x**y of float64, x not negative: x = 2**e m, and y e is split into an exact part and a small one, because an error
+    of the logarithm of the result is one of the result itself."""
+    rough = y * tl.log2(x)
+    small = x < 2.2250738585072014e-308
+    bits = tl.where(small, x * 18014398509481984.0, x).to(tl.int64, bitcast=True)
+    e = (bits >> 52) - tl.where(small, 1077, 1023)
+    m = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    upper = m > 1.4142135623730951
+    m = tl.where(upper, m * 0.5, m)
+    e = tl.where(upper, e + 1, e).to(tl.float64)
+    defined = tl.abs(rough) < 1100
+    y = tl.where(defined, y, 0.0)
+    y_high = (y.to(tl.int64, bitcast=True) & -0x8000000).to(tl.float64, bitcast=True)
+    n = tl.floor(tl.where(defined, rough, 0.0) + 0.5)
+    rest = (y_high * e - n) + ((y - y_high) * e + y * tl.log2(m))
+    n = n.to(tl.int32)
+    half = n >> 1
+    power = tl.exp2(rest) * maths.power_of_two(half, m) * maths.power_of_two(n - half, m)
+    return tl.where(defined, power, tl.exp2(rough))
+
+
+@triton.jit
 def _pow(self, exponent):
-    if self.dtype.is_floating():
-        # In float64, because an error of the logarithm is multiplied by the exponent.
+    if self.dtype == tl.float64:
+        return _float_pow(self, exponent, _positive_pow(tl.abs(self), exponent))
+    elif self.dtype.is_floating():
         x = self.to(tl.float64)
         y = exponent.to(tl.float64)
         return _float_pow(x, y, tl.exp2(y * tl.log2(tl.abs(x))))
@@ -436,10 +464,9 @@ def _constant_power(call: Call) -> Any:
 
 def _check_exponent(call: Call, common: torch.dtype) -> None:
     exponent = call.args[1]
-    if not common.is_floating_point:
-        if exponent < 0:
-            raise Decline("PyTorch rejects it: integers to negative integer powers")
-        require_fits(exponent, common)
+    require_fits(exponent, common)
+    if not common.is_floating_point and exponent < 0:
+        raise Decline("PyTorch rejects it: integers to negative integer powers")
 
 
 @pointwise("aten.pow.Tensor_Scalar", dtypes=NUMERIC, promote=("self", "exponent"), by_value=("exponent",), select=_constant_power,

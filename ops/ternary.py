@@ -108,6 +108,8 @@ def _check_clamp_tensor(call: Call, common: torch.dtype) -> None:
     require_tensors(call, common)
     if all(limit is None for limit in call.args[1:]):
         raise Decline("PyTorch rejects it: neither min nor max")
+    if common == torch.bool and len(call.args) == 3 and None not in call.args:
+        raise Decline("PyTorch rejects it: bool between two limits")
 
 
 pointwise("aten.clamp.default", dtypes=NUMERIC, promote=("self", "min", "max"), by_value=("min", "max"), round_numbers=True,
@@ -139,8 +141,9 @@ def lerp(self, end, weight):
 
 
 def _check_value(call: Call, common: torch.dtype) -> None:
-    if isinstance(call["value"], complex):
-        raise Decline("a complex value")
+    value = call["value"]
+    if isinstance(value, complex) or (isinstance(value, float) and not common.is_floating_point):
+        raise Decline("a value of another kind than the tensors")
 
 
 @pointwise("aten.addcmul.default", dtypes=NUMERIC, check=_check_value, flops=3)
