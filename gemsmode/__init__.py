@@ -6,7 +6,16 @@ what it did not, why, and what each call cost.
 
 import logging
 
-from gemsmode.errors import DuplicateRuleError, GemsError, RuleDeclarationError, RuleFailedError, UnknownOpError
+from gemsmode.errors import (
+    DryRunError,
+    DuplicateRuleError,
+    GemsError,
+    MismatchError,
+    MismatchWarning,
+    RuleDeclarationError,
+    RuleFailedError,
+    UnknownOpError,
+)
 from gemsmode.explain import Explanation, explain
 from gemsmode.mode import GemsMode, disable, enable, load_ops
 from gemsmode.predicates import Predicate, contiguous, device, dtype, floating, ndim, not_complex, numel, on_gpu, value, where
@@ -16,7 +25,8 @@ from gemsmode.signature import Call, TensorMeta
 __version__ = "0.1.0"
 
 __all__ = [
-    "Call", "DuplicateRuleError", "Explanation", "GemsError", "GemsMode", "Predicate", "Registry", "Rule",
+    "Call", "DryRunError", "DuplicateRuleError", "Explanation", "GemsError", "GemsMode", "MismatchError", "MismatchWarning",
+    "Predicate", "Registry", "Rule",
     "RuleDeclarationError", "RuleFailedError", "TensorMeta", "UnknownOpError", "contiguous", "device", "disable", "dtype",
     "enable", "explain", "floating", "load_ops", "ndim", "not_complex", "numel", "on_gpu", "rule", "value", "where",
 ]

@@ -1,8 +1,8 @@
 """The command line: ``gemsmode`` or ``python -m gemsmode``.
 
 Exit codes: 0 all is well; 1 what was asked for ran and found a problem (``demo``: results too far apart, ``doctor``: a
-check failed, ``ops``: nothing matches); 2 the command could not be understood or carried out. ``report`` ends with the
-exit code of the script that it ran.
+check failed, ``ops``: nothing matches, ``verify``: a call differs); 2 the command could not be understood or carried out. ``report``, and ``verify``
+where all agrees, end with the exit code of the script that they ran.
 """
 
 from __future__ import annotations
@@ -169,18 +169,67 @@ def _dtypes_of(report: Report) -> list[torch.dtype]:
 
 
 def _report(options: argparse.Namespace, out: Console) -> int:
+    for name in ("target", "dtype"):
+        if getattr(options, name) is not None and not options.dry_run:
+            raise UsageError(f"--{name} says what a dry run is for; add --dry-run")
+    if not options.dry_run:
+        code, report = _run_script(options, trace=True)
+    else:
+        from gemsmode.dryrun import target_of
+
+        try:
+            target = target_of(options.target or True)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        dtype = dtype_called(options.dtype) if options.dtype else None
+        if options.dtype and (dtype is None or not dtype.is_floating_point):
+            raise UsageError(f"--dtype takes a floating-point dtype such as bf16, f16 or f32, not {options.dtype!r}")
+        with _on_meta(dtype):
+            code, report = _run_script(options, dry_run=target)
+    _show(report, options, out)
+    return code
+
+
+@contextlib.contextmanager
+def _on_meta(dtype: torch.dtype | None) -> Iterator[None]:
+    """For a script that knows of no dry run: its tensors are made on the meta device, of ``dtype`` where it names none."""
+    import torch
+
+    from gemsmode.dryrun import OnMeta
+
+    before = torch.get_default_dtype()
+    if dtype is not None:
+        torch.set_default_dtype(dtype)
+    try:
+        with OnMeta():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _verify(options: argparse.Namespace, out: Console) -> int:
+    code, report = _run_script(options, verify=True, on_mismatch=options.on_mismatch, reproducers=options.reproducers)
+    _show(report, options, out)
+    failed = sum(check.failed for check in report.checks)
+    if not report.checks:
+        print("gemsmode: no call was compared: no rule served any", file=sys.stderr)
+    return code or (1 if failed else 0)
+
+
+def _run_script(options: argparse.Namespace, **how: Any) -> tuple[int, Report]:
+    """Run the script or module under a mode made with ``how``: its exit code, and the report."""
     import gemsmode
 
     script, module = options.script, options.module
     if module is None and script is None:
-        raise UsageError("give a script to run (gemsmode report SCRIPT.py) or a module (gemsmode report -m MODULE)")
+        raise UsageError(f"give a script to run (gemsmode {options.command} SCRIPT.py) or a module (gemsmode {options.command} -m MODULE)")
     if module is None and not Path(script).is_file():
         hint = "" if script.endswith(".py") else f"; to run a module, write -m {script}"
         raise UsageError(f"there is no file {script} to run{hint}")
     _check_outputs(options)
     argv, path = sys.argv, list(sys.path)
     code = 0
-    mode = gemsmode.enable(allow=options.allow, deny=options.deny, trace=True, strict=options.strict)
+    mode = gemsmode.enable(allow=options.allow, deny=options.deny, strict=options.strict, **how)
     try:
         if module is None:
             sys.argv = [script, *options.args]
@@ -206,8 +255,7 @@ def _report(options: argparse.Namespace, out: Console) -> int:
         gemsmode.disable()
         sys.argv, sys.path[:] = argv, path
         sys.stdout.flush()
-    _show(mode.report, options, out)
-    return code
+    return code, mode.report
 
 
 def _exit_code(end: SystemExit) -> int:
@@ -423,6 +471,8 @@ def build_parser() -> argparse.ArgumentParser:
                             "  gemsmode doctor                            does it work here?\n"
                             "  gemsmode demo                              two small models, natively and under the mode\n"
                             "  gemsmode report train.py --epochs 1        what of a script was replaced, what was not, and why\n"
+                            "  gemsmode report --dry-run --target cuda:90 --dtype bf16 train.py    the same without running it\n"
+                            "  gemsmode verify train.py --steps 1         are the kernels right there?\n"
                             "  gemsmode explain mm bf16[64,64] bf16[64,64]\n"
                             "  gemsmode ops '*_backward'\n")
     parser.add_argument("--version", action="version", version=f"gemsmode {gemsmode.__version__}")
@@ -449,8 +499,21 @@ def build_parser() -> argparse.ArgumentParser:
                      "its own files (report.rank1.json) and rank 0 prints: torchrun --nproc-per-node 2 -m gemsmode report train.py")
     report.add_argument("-m", dest="module_flag", metavar="MODULE", help="run a module, as python -m does")
     report.add_argument("--strict", action="store_true", help="stop at the first rule that fails, instead of falling back")
+    report.add_argument("--dry-run", action="store_true", help="run nothing: tensors are on the meta device, and calls are only decided")
+    report.add_argument("--target", metavar="TARGET", help="what a dry run is for: cuda:90, hip:gfx942, cpu... (default: this GPU, or cuda:90)")
+    report.add_argument("--dtype", metavar="DTYPE", help="of a dry run: floating-point tensors whose dtype the script does not name")
     _add_report_options(report)
     report.usage = "gemsmode report [options] SCRIPT.py [args...]\n       gemsmode report [options] -m MODULE [args...]"
+
+    verify = command("verify", _verify, "run a script, unchanged, and compare each call that a rule serves with PyTorch's own",
+                     "examples:\n  gemsmode verify train.py --steps 1\n  gemsmode verify --reproducers wrong/ --on-mismatch raise train.py\n\n"
+                     "Exit code 1 if any call differs. A kernel of your own is compared if the script registers it with @gemsmode.rule.")
+    verify.add_argument("-m", dest="module_flag", metavar="MODULE", help="run a module, as python -m does")
+    verify.add_argument("--strict", action="store_true", help="stop at the first rule that fails, instead of falling back")
+    verify.add_argument("--on-mismatch", choices=("warn", "raise"), default="warn", help="go on, or stop at the first (default: warn)")
+    verify.add_argument("--reproducers", metavar="DIR", help="write each rule's first mismatch there, with a script that shows it")
+    _add_report_options(verify)
+    verify.usage = "gemsmode verify [options] SCRIPT.py [args...]\n       gemsmode verify [options] -m MODULE [args...]"
 
     diff = command("diff", _diff, "compare two reports that were written as JSON",
                    "example:\n  gemsmode report --json before.json train.py\n  gemsmode report --json after.json --deny mm train.py\n"
@@ -477,11 +540,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_REPORT_FLAGS = {"--force", "--quiet", "--strict", "-h", "--help"}
+_REPORT_FLAGS = {"--force", "--quiet", "--strict", "--dry-run", "-h", "--help"}
 
 
 def _split_script(argv: list[str]) -> tuple[list[str], str | None, str | None, list[str]]:
-    """``report``'s own options, the script, the module, and the arguments that are theirs."""
+    """The command's own options, the script, the module, and the arguments that are theirs."""
     i = 0
     while i < len(argv):
         word = argv[i]
@@ -500,7 +563,7 @@ def _split_script(argv: list[str]) -> tuple[list[str], str | None, str | None, l
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     position = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
-    if position is None or argv[position] != "report":
+    if position is None or argv[position] not in ("report", "verify"):
         return parser.parse_args(argv)
     own, script, module, rest = _split_script(argv[position + 1:])
     options = parser.parse_args([*argv[:position + 1], *own])

@@ -20,8 +20,8 @@ that CUDA's choice falls on, ``dropout`` into ``native_dropout``, ``rms_norm`` i
 their ``_foreach_`` path. Others (recurrent layers, ``batch_norm`` by cuDNN) appear as PyTorch's portable code. A real
 device is not asked, so attention's choice is that of a build with cuDNN 9.15 and flash attention.
 
-Reading a value (``loss.item()``, ``if mask.any()``) gives 1 or True, and the report says how often. Ops whose result's
-shape depends on values raise PyTorch's own error.
+Reading a value (``loss.item()``, ``if mask.any()``) gives 1 or True, and the report says how often. A boolean mask on
+the meta device is taken to select everything; other ops whose result's shape depends on values raise PyTorch's own error.
 
 On a PyTorch without CUDA, autograd ends the process when it meets a fake CUDA tensor (its device guard is missing):
 dry runs with gradients need meta tensors there, and say so.
@@ -238,6 +238,10 @@ def _install(target: Target) -> None:
             for key in keys:
                 library.impl(name, make(target), key)
         _overridden.append(library)
+        import torch.fx.experimental._config as settings
+
+        _overridden.append(settings.meta_nonzero_assume_all_nonzero)
+        settings.meta_nonzero_assume_all_nonzero = True
         from torch.optim import optimizer
 
         supported = optimizer._get_foreach_kernels_supported_devices
@@ -253,6 +257,9 @@ def _remove() -> None:
             from torch.optim import optimizer
 
             optimizer._get_foreach_kernels_supported_devices = _overridden.pop()
+            import torch.fx.experimental._config as settings
+
+            settings.meta_nonzero_assume_all_nonzero = _overridden.pop()
             _overridden.pop()._destroy()
 
 
@@ -301,8 +308,10 @@ class DryRun:
             if not torch.backends.cuda.is_built():
                 self._guard.__exit__(None, None, None)
 
-    def takes(self, types: Sequence[type]) -> bool:
+    def takes(self, op: Any, types: Sequence[type]) -> bool:
         """Whether a call with these tensor classes, among these modes, is for the dry run."""
+        if getattr(op, "namespace", "") == "prim":  # a fake tensor being asked for its device
+            return False
         others = [m for m in _get_current_dispatch_mode_stack() if m.is_infra_mode() and not isinstance(m, FakeTensorMode)]
         return not others and all(t is torch.Tensor or t.__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or issubclass(t, FakeTensor)
                                   for t in types)
@@ -356,7 +365,7 @@ class DryRun:
                 decision = self._decision(handler, bound, stands, decisions)
             if decision.kind == "composite":
                 return composite(*args, **kwargs)
-            if tensors and not any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+            if decision.kind in ("rule", "pass") and tensors and not any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
                 self.on_real += 1
             elif stands and decision.kind in ("rule", "pass"):
                 self.on_fake_cpu += 1
@@ -462,6 +471,11 @@ class OnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.xpu):
             return args[0].to("meta")
+        if func is torch.tensor or func is torch.as_tensor:
+            # The meta device has no use for their data. A number on no device is one on the host, as optimizers keep them.
+            made = func(*args, **{**kwargs, "device": "cpu"})
+            on_host = kwargs.get("device") is None and not made.ndim
+            return made if on_host else torch.empty_like(made, device="meta", requires_grad=made.requires_grad)
         if func in _device_constructors():
             kwargs["device"] = "meta"
         elif func is torch.Tensor.to:
@@ -471,9 +485,6 @@ class OnMeta(TorchFunctionMode):
             kwargs.pop("device", None)
         elif kwargs.get("device") is not None:
             kwargs["device"] = "meta"
-        if func is torch.tensor or func is torch.as_tensor:
-            # Made on the CPU first, whose data the meta device has no use for.
-            return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
         return func(*args, **kwargs)
 
 

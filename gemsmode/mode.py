@@ -219,7 +219,7 @@ class GemsMode(TorchDispatchMode):
 
     def _among_others(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """A call with tensor subclasses in it, or with other modes below this one."""
-        if self._dry is not None and self._dry.takes(types):
+        if self._dry is not None and self._dry.takes(func, types):
             return self._table[func](*args, **kwargs)
         if _len_torch_dispatch_stack() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
             # Fake, functional or proxy tensors are being made or traced: not for kernels.
