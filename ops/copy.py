@@ -15,9 +15,9 @@ import triton.language as tl  # noqa: F401  (the interpreter wants to see it)
 
 from gemsmode.ops.binary import require_fits
 from gemsmode.ops.layout import broadcast_shape, channels_last_strides, is_dense, output_strides
-from gemsmode.ops.pointwise import Operand, as_operand, build, index_operand
+from gemsmode.ops.pointwise import Operand, build, index_operand
 from gemsmode.ops.promotion import ALL, TRITON
-from gemsmode.ops.ternary import number_as
+from gemsmode.ops.ternary import number_as, value_as, via
 from gemsmode.plan import Alloc, Arg, At, Decline, Plan, contiguous_strides
 from gemsmode.predicates import dtype_name
 from gemsmode.registry import planned
@@ -67,15 +67,6 @@ def clone_strides(x: TensorMeta, memory_format: torch.memory_format | None) -> t
 # -- conversion --------------------------------------------------------------------------------------------------------
 
 
-def _via(source: torch.dtype, to: torch.dtype) -> torch.dtype:
-    """The dtype between ``source`` and ``to``."""
-    if source.is_floating_point and to in (torch.uint8, torch.int8, torch.int16):
-        return torch.int64 if to == torch.uint8 else torch.int32
-    if to in (torch.float16, torch.bfloat16) and source != to:
-        return torch.float32
-    return to if to == torch.bool or source == torch.bool else source
-
-
 def _require(*dtypes: torch.dtype) -> None:
     for dtype in dtypes:
         if dtype not in TRITON:
@@ -88,9 +79,9 @@ def copied(call: Call, index: int, to: torch.dtype, shape: tuple[int, ...] | Non
     x = view if view is not None else call.args[index]
     _require(x.dtype, to)
     if view is None:
-        source = as_operand(call, index, _via(x.dtype, to), to, round_number=True)
+        source = value_as(call, index, to)
     else:
-        source = Operand(At(Arg(index), offset) if offset else Arg(index), x, x.dtype, to)
+        source = Operand(At(Arg(index), offset) if offset else Arg(index), x, via(x.dtype, to), to)
     return build(call, same, [source], [to], x.shape if shape is None else shape, stride, flops=0)
 
 

@@ -11,12 +11,42 @@ import triton.language as tl
 from gemsmode.ops import maths
 from gemsmode.ops.binary import require_fits, require_tensors
 from gemsmode.ops.layout import broadcast_shape
-from gemsmode.ops.pointwise import Operand, as_operand, build, pointwise
+from gemsmode.ops.pointwise import Operand, build, pointwise
 from gemsmode.ops.promotion import ALL, FLOAT, NUMERIC
 from gemsmode.plan import Arg, Decline, Num, Plan, contiguous_strides
 from gemsmode.predicates import dtype
 from gemsmode.registry import planned
 from gemsmode.signature import Call
+
+# -- conversion --------------------------------------------------------------------------------------------------------
+
+
+def via(source: torch.dtype, to: torch.dtype) -> torch.dtype:
+    """The dtype between ``source`` and ``to`` on the way that PyTorch's conversions take (see ``ops/copy.py``)."""
+    if source.is_floating_point and to in (torch.uint8, torch.int8, torch.int16):
+        return torch.int64 if to == torch.uint8 else torch.int32
+    if to in (torch.float16, torch.bfloat16) and source != to:
+        return torch.float32
+    return to if to == torch.bool or source == torch.bool else source
+
+
+def number_as(index: int, to: torch.dtype, is_tensor: bool = False) -> Operand:
+    """The number argument ``index`` converted to ``to`` as PyTorch converts a scalar: cut off for integers, ``!= 0`` for bool."""
+    if to == torch.bool:
+        return Operand(Num(index, "fp64", None, is_tensor), None, to, to)
+    kind = "fp64" if to == torch.float64 else "fp32" if to.is_floating_point else "i64"
+    return Operand(Num(index, kind, None, is_tensor), None, to, to)
+
+
+def value_as(call: Call, index: int, to: torch.dtype) -> Operand:
+    """The tensor argument ``index`` converted to ``to``; a 0-dim CPU tensor beside GPU tensors is read."""
+    value = call.args[index]
+    if value.device.type == call.target.device_type:
+        return Operand(Arg(index), value, via(value.dtype, to), to)
+    if value.dtype.is_floating_point and not to.is_floating_point and to != torch.bool:
+        raise Decline("a CPU tensor of floats for a tensor of integers")
+    return number_as(index, to, True)
+
 
 # -- selection ---------------------------------------------------------------------------------------------------------
 
@@ -49,14 +79,6 @@ def _masked_fill(call: Call, value: Operand) -> Plan:
     return build(call, masked_fill, operands, [x.dtype], shape, contiguous_strides(shape))
 
 
-def number_as(index: int, to: torch.dtype) -> Operand:
-    """The number argument ``index`` converted to ``to`` as PyTorch converts a scalar: cut off for integers, ``!= 0`` for bool."""
-    if to == torch.bool:
-        return Operand(Num(index, "fp64"), None, to, to)
-    kind = "fp64" if to == torch.float64 else "fp32" if to.is_floating_point else "i64"
-    return Operand(Num(index, kind), None, to, to)
-
-
 @planned("aten.masked_fill.Scalar", family="pointwise", kernel=masked_fill, name="masked_fill", by_value=("value",), writes_out=True)
 def masked_fill_number(call: Call) -> Plan:
     """``value`` where ``mask`` holds; self and mask broadcast."""
@@ -70,7 +92,7 @@ def masked_fill_tensor(call: Call) -> Plan:
     x, _, value = call.args
     if value.shape:
         raise Decline("PyTorch rejects it: the value is no 0-dim tensor")
-    return _masked_fill(call, as_operand(call, 2, x.dtype, x.dtype, round_number=True))
+    return _masked_fill(call, value_as(call, 2, x.dtype))
 
 
 # -- clamping ----------------------------------------------------------------------------------------------------------
