@@ -747,7 +747,7 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
     schedule = choose(nk, row, repeats, inner, itemsize, 1 if how.block is not None else len(state_dtypes), target)
     block_r = schedule.block_r
     total = -(-row // block_r) * repeats
-    splits = min(schedule.splits, max(total, 1))
+    splits = max(min(schedule.splits, total), 1)
     steps = -(-max(total, 1) // splits)
     splits = -(-max(total, 1) // steps)
     k_sizes = tuple([Size(s) for s in kept.sizes[:-1]])
@@ -766,7 +766,8 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
         into = outs
     launches = [Launch(
         reduce_kernel, (grid_k, splits, 1),
-        (into, tuple([s.ref for s in sources]), nk, nr, Size(nr), Size(total), Size(steps), k_sizes, r_sizes, out_steps, k_steps, r_steps, params),
+        (into, tuple([s.ref for s in sources]), nk, nr, Size(nr), Size(total), Size(steps), k_sizes, r_sizes, out_steps, k_steps,
+         r_steps, params),
         (("LANE", how.lane), ("FOLD", fold), ("MERGE", how.merge), ("BLOCK", how.block), ("POST", how.post), ("OTHER", other),
          ("HOW", how_loaded), ("INNER", inner), ("STEPPED", stepped), ("LOOP", steps > 1), ("SPLIT", splits > 1), ("WIDE", wide),
          ("BLOCK_K", schedule.block_k), ("BLOCK_R", block_r)), schedule.warps)]
@@ -906,7 +907,8 @@ def _sum_dtype(call: Call) -> torch.dtype:
     given = _optional(call, "dtype")
     if given is None and call.outs is not None:
         given = call.outs[0].dtype
-    result = given if given is not None else accumulator(call.args[0].dtype) if not call.args[0].dtype.is_floating_point else call.args[0].dtype
+    own = call.args[0].dtype
+    result = given if given is not None else own if own.is_floating_point else torch.int64
     if result == torch.bool or result not in TRITON:
         raise Decline(f"a result of {dtype_name(result)} is not handled")
     if call.outs is not None:
@@ -927,7 +929,8 @@ def _nansum(call: Call) -> Plan:
     if call.args[0].dtype.is_floating_point and not result.is_floating_point:
         raise Decline("NaN has no integer value to be left out by")
     dims, keepdim = _dims(call)
-    return reduce_plan(call, NANSUM if result.is_floating_point else SUM, [_source(call, result, accumulator(result))], dims, keepdim, [result])
+    how = NANSUM if result.is_floating_point else SUM
+    return reduce_plan(call, how, [_source(call, result, accumulator(result))], dims, keepdim, [result])
 
 
 @planned(["aten.mean.default", "aten.mean.dim"], _NUMBERS, family="reduction", kernel=reduce_kernel, name="mean", writes_out=True)
@@ -1196,7 +1199,7 @@ def _pair(call: Call, common: torch.dtype, compute: torch.dtype) -> list[Source]
     """The first two arguments as inputs of one shape, broadcast to each other."""
     a, b = call.args[:2]
     shape = broadcast_shape([a.shape, b.shape])
-    return [Source(Arg(i), TensorMeta(m.dtype, shape, broadcast_strides(m, shape), m.device), common, compute) for i, m in enumerate((a, b))]
+    return [Source(Arg(i), m._replace(shape=shape, stride=broadcast_strides(m, shape)), common, compute) for i, m in enumerate((a, b))]
 
 
 @planned(["aten.dist.default"], _FLOATS, family="reduction", kernel=reduce_kernel, name="dist", by_value=["p"], writes_out=True)
