@@ -476,15 +476,14 @@ def efficient_attention(call: Call) -> Plan:
     """CUDA's memory-efficient op: lse is padded to a multiple of 32 queries, the output is laid out as [B, M, H, D]."""
     q = call["query"]
     batch, heads, m, _ = q.shape
-    rows = m + -m % 32 if call["compute_log_sumexp"] else 0
-    steps = (heads * m, m, 1) if rows == 0 else (heads * rows, rows, 1)
+    rows = m + -m % 32
     lse = Alloc((batch, heads, rows), contiguous_strides((batch, heads, rows)), torch.float32)
-    if rows == 0:
-        raise Decline("no log-sum-exp is wanted")
-    plan = forward_plan(call, _heads_last(q), lse, steps, float("inf"), call["is_causal"], "attn_bias")
+    plan = forward_plan(call, _heads_last(q), lse, lse.stride, float("inf"), call["is_causal"], "attn_bias")
     philox = Alloc((), (), torch.int64, zero=True)
+    none = Alloc((batch, heads, 0), contiguous_strides((batch, heads, 0)), torch.float32)
     count = len(plan.allocs)
-    return plan._replace(allocs=(*plan.allocs, philox, philox), returns=(Out(0), Out(1), Out(count), Out(count + 1)))
+    return plan._replace(allocs=(*plan.allocs, philox, philox, none),
+                         returns=(Out(0), Out(1) if call["compute_log_sumexp"] else Out(count + 2), Out(count), Out(count + 1)))
 
 
 @planned("aten._scaled_dot_product_flash_attention_backward.default", _WHEN, kernel=grad_key_value_kernel, **_OPTIONS)

@@ -386,13 +386,18 @@ def _flat(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins:
 _WIDE = 2**31 - 2**17  # the last block of a 32-bit range may reach past it
 
 
+def _last(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The offset of the last element."""
+    return sum([(size - 1) * step for size, step in zip(shape, strides)])
+
+
 def _strided(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins: tuple[Any, ...],
              out_strides: list[tuple[int, ...]], tensors: Sequence[TensorMeta], shape: tuple[int, ...], n: int, itemsize: int) -> Launch:
     expanded = out_strides + [broadcast_strides(m, shape) for m in tensors]
     loops = merge(shape, expanded)
     if loops.is_flat:
         return _flat(target, function, kinds, outs, ins, n, itemsize)
-    wide = n >= _WIDE or any([sum([(size - 1) * stride for size, stride in zip(shape, s)]) >= _WIDE for s in expanded])
+    wide = n >= _WIDE or any([_last(shape, s) >= _WIDE for s in expanded])
     sizes = loops.sizes
     if len(sizes) > MAX_DIMS:
         raise Decline(f"{len(sizes)} dimensions are left after merging; at most {MAX_DIMS} are handled")
