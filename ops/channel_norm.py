@@ -160,7 +160,7 @@ def group_sums_kernel(p_sums, p_sums_h, p_g, p_x, p_mean, p_rstd, groups, channe
     """Per sample and channel the sums of g and of g * h over the positions. Grid: samples * groups, blocks of channels."""
     i_unit = tl.program_id(0)
     i_block = tl.program_id(1)
-    base, first = _group_base(i_unit, groups, channels, c_stride, n_stride, WIDE)
+    base, _ = _group_base(i_unit, groups, channels, c_stride, n_stride, WIDE)
     mean = tl.load(p_mean + i_unit).to(ACC)
     rstd = tl.load(p_rstd + i_unit).to(ACC)
     o_channel = i_block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -315,15 +315,15 @@ def group_norm(call: Call) -> Plan:
     tiles = -(-channels // tile.channels) * -(-spatial // tile.spots)
     splits = 1 if whole else _splits(units, tiles, target)
     if splits == 1:
-        launches: tuple[Launch, ...] = (Launch(group_norm_kernel, (units, 1, 1), (Out(0), Out(1), Out(2), Arg(0), weights, biases, eps, *sizes),
-                                               (("ONE", whole is not None), *constants, *blocks), warps(tile.warps, target)),)
+        launches = [Launch(group_norm_kernel, (units, 1, 1), (Out(0), Out(1), Out(2), Arg(0), weights, biases, eps, *sizes),
+                           (("ONE", whole is not None), *constants, *blocks), warps(tile.warps, target))]
     else:
         allocs.append(Alloc((units * splits * 3,), (1,), acc))
-        launches = (
+        launches = [
             Launch(group_statistics_kernel, (units, splits, 1), (Out(3), Arg(0), *sizes), (*constants, *blocks), warps(tile.warps, target)),
             Launch(group_apply_kernel, (units, splits, 1), (Out(0), Out(1), Out(2), Arg(0), Out(3), weights, biases, eps, *sizes),
-                   (*constants, *blocks, ("BLOCK_P", power_of_2(splits))), warps(tile.warps, target)))
-    return Plan(tuple(allocs), launches, (Out(0), Out(1), Out(2)), metas, bytes=2 * x.numel * x.dtype.itemsize, flops=x.numel * 8)
+                   (*constants, *blocks, ("BLOCK_P", power_of_2(splits))), warps(tile.warps, target))]
+    return Plan(tuple(allocs), tuple(launches), (Out(0), Out(1), Out(2)), metas, bytes=2 * x.numel * x.dtype.itemsize, flops=x.numel * 8)
 
 
 @planned("aten.native_group_norm_backward.default", dtype(*FLOAT), family="norm", kernel=group_gradient_kernel)
@@ -347,7 +347,8 @@ def group_norm_backward(call: Call) -> Plan:
     y = suggested_strides(x) if target.device_type == "cpu" else contiguous_strides(x.shape)
     allocs: list[Alloc] = []
     results: list[Out | None] = []
-    for wanted, shape, stride, kind in ((wants_dx, x.shape, y, x.dtype), (wants_dw, (count,), (1,), parameter), (wants_db, (count,), (1,), parameter)):
+    per_channel = ((count,), (1,), parameter)
+    for wanted, (shape, stride, kind) in ((wants_dx, (x.shape, y, x.dtype)), (wants_dw, per_channel), (wants_db, per_channel)):
         results.append(Out(len(allocs)) if wanted else None)
         if wanted:
             allocs.append(Alloc(shape, stride, kind, zero=x.numel == 0))
@@ -374,7 +375,8 @@ def group_norm_backward(call: Call) -> Plan:
     wanted = [(r, s) for r, s in ((results[1], sums_h), (results[2], sums)) if r is not None]
     if wanted:
         launches.append(sum_runs(tuple([r for r, _ in wanted]), tuple([s for _, s in wanted]), samples, count, acc, target))
-    return Plan(tuple(allocs), tuple(launches), tuple(results), metas, bytes=x.numel * x.dtype.itemsize * (2 + wants_dx), flops=x.numel * 12)
+    return Plan(tuple(allocs), tuple(launches), tuple(results), metas, bytes=x.numel * x.dtype.itemsize * (2 + wants_dx),
+                flops=x.numel * 12)
 
 
 # -- batch norm: kernels -----------------------------------------------------------------------------------------------
@@ -653,7 +655,8 @@ def _batch_norm(call: Call, training: bool, momentum: int | None, eps: int, save
         parts = (Out(len(allocs)),)
         allocs.append(Alloc((shape.splits * 3 * shape.channels,), (1,), acc))
         launches.append(Launch(channel_statistics_kernel, (shape.blocks, shape.splits, 1),
-                               (parts[0], Arg(0), shape.channels, *shape.sizes, *shape.strides(1)), constants, warps(shape.tile.warps, target)))
+                               (parts[0], Arg(0), shape.channels, *shape.sizes, *shape.strides(1)), constants,
+                               warps(shape.tile.warps, target)))
     precision = "fp64" if x.dtype == torch.float64 else "fp32"
     share = 0.0 if momentum is None else Num(momentum, precision)
     launches.append(Launch(
@@ -678,7 +681,8 @@ def _statistics_dtype(x: TensorMeta, parameters: list[TensorMeta | None], target
     return opmath(x.dtype)
 
 
-@planned(["aten.native_batch_norm.default", "aten._native_batch_norm_legit.default"], dtype(*FLOAT), family="norm", kernel=batch_norm_kernel)
+@planned(["aten.native_batch_norm.default", "aten._native_batch_norm_legit.default"], dtype(*FLOAT), family="norm",
+         kernel=batch_norm_kernel)
 def batch_norm(call: Call) -> Plan:
     """Updates the running statistics in place, as the op does."""
     training = call["training"]
@@ -716,7 +720,8 @@ def cudnn_batch_norm(call: Call) -> Plan:
     return plan._replace(allocs=tuple(empty))
 
 
-def _batch_norm_backward(call: Call, g: int, x: int, w: int, mean: int, spread: int, eps: int, train: bool, mask: tuple[bool, bool, bool]) -> Plan:
+def _batch_norm_backward(call: Call, g: int, x: int, w: int, mean: int, spread: int, eps: int, train: bool,
+                         mask: tuple[bool, bool, bool]) -> Plan:
     """Backward; all but the last two arguments are positions. ``spread``: 1 / std in training, else the running variance."""
     grad, given, weight, centre, width = (call.args[i] for i in (g, x, w, mean, spread))
     target = call.target
@@ -773,7 +778,7 @@ def batch_norm_backward(call: Call) -> Plan:
     return _batch_norm_backward(call, 0, 1, 2, 5 if train else 3, 6 if train else 4, 8, train, tuple(call["output_mask"]))
 
 
-@planned("aten.cudnn_batch_norm_backward.default", dtype(*FLOAT), family="norm", kernel=batch_norm_backward_kernel)
+@planned("aten.cudnn_batch_norm_backward.default", dtype(*FLOAT, arg="input"), family="norm", kernel=batch_norm_backward_kernel)
 def cudnn_batch_norm_backward(call: Call) -> Plan:
     """Needs nothing of cuDNN's workspace: the saved mean and 1 / std are enough."""
     x = call["input"]

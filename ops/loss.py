@@ -37,7 +37,7 @@ from gemsmode.ops.rows import (
     unravel,
     warps,
 )
-from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, contiguous_strides, extent
+from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, extent
 from gemsmode.predicates import dtype, dtype_name
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta, parameters
@@ -356,7 +356,8 @@ def smooth_l1_loss_backward(call: Call) -> Plan:
     if call["beta"] < 0:
         raise Decline("PyTorch rejects it: a negative beta")
     common = result_type([call["grad_output"], call["self"], call["target"]])
-    return _loss_backward(call, smooth_l1_gradient, ("grad_output", "self", "target", "beta"), common, contiguous_strides(call["self"].shape))
+    stride = contiguous_strides(call["self"].shape)
+    return _loss_backward(call, smooth_l1_gradient, ("grad_output", "self", "target", "beta"), common, stride)
 
 
 @planned("aten.huber_loss.default", dtype(*FLOAT), family="loss", kernel=huber, by_value=("delta",))
@@ -376,7 +377,8 @@ def huber_loss_backward(call: Call) -> Plan:
 @planned("aten.soft_margin_loss.default", dtype(*FLOAT), family="loss", kernel=soft_margin)
 def soft_margin_loss(call: Call) -> Plan:
     _not_larger(call, "target")
-    return _loss(call, soft_margin, ("self", "target"), _same_dtype(call, "self", "target"), output_strides(call["self"].shape, [call["self"]]))
+    stride = output_strides(call["self"].shape, [call["self"]])
+    return _loss(call, soft_margin, ("self", "target"), _same_dtype(call, "self", "target"), stride)
 
 
 @planned("aten.soft_margin_loss_backward.default", dtype(*FLOAT), family="loss", kernel=soft_margin_gradient)
@@ -411,7 +413,8 @@ def binary_cross_entropy_with_logits(call: Call) -> Plan:
     if call["self"].shape != call["target"].shape:
         raise Decline("input and target differ in shape")
     _not_larger(call, "weight", "pos_weight")
-    functions = {(): logits, ("weight",): weighted_logits, ("pos_weight",): positive_logits, ("weight", "pos_weight"): weighted_positive_logits}
+    functions = {(): logits, ("weight",): weighted_logits, ("pos_weight",): positive_logits,
+                 ("weight", "pos_weight"): weighted_positive_logits}
     extra = tuple([n for n in ("weight", "pos_weight") if call[n] is not None])
     return _loss(call, functions[extra], ("self", "target", *extra), common, output_strides(call["self"].shape, [call["target"]]))
 
@@ -493,8 +496,8 @@ def nll_finish_kernel(p_out, p_total, p_losses, p_weights, n_parts, MEAN: tl.con
 
 
 @triton.jit
-def nll_backward_kernel(p_dx, p_g, p_target, p_total, weight, n_rows, classes, ignore, sizes, dx_rows, g_rows, target_rows, dx_class, w_class,
-                        MEAN: tl.constexpr, ACC: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+def nll_backward_kernel(p_dx, p_g, p_target, p_total, weight, n_rows, classes, ignore, sizes, dx_rows, g_rows, target_rows, dx_class,
+                        w_class, MEAN: tl.constexpr, ACC: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr,
                         BLOCK_N: tl.constexpr):
     """The gradient, zeros included. Grid: blocks of rows, blocks of classes."""
     o_row, i_outer, m_row = locate(sizes, n_rows, BLOCK_R, GATHER, WIDE)
@@ -592,7 +595,8 @@ def _nll(call: Call, two_d: bool) -> Plan:
     if kind == "parts":
         launches.append(Launch(nll_finish_kernel, (1, 1, 1), (Out(0), Out(1), first, second, Size(programs)),
                                (("MEAN", reduction == MEAN), ("ACC", TRITON[acc]), ("BLOCK", 1024)), warps(4, call.target)))
-    return Plan(tuple(allocs), tuple(launches), (Out(0), Out(1)), metas, bytes=n_rows * (x.dtype.itemsize + target.dtype.itemsize), flops=n_rows * 2)
+    return Plan(tuple(allocs), tuple(launches), (Out(0), Out(1)), metas, bytes=n_rows * (x.dtype.itemsize + target.dtype.itemsize),
+                flops=n_rows * 2)
 
 
 def _row_strides(kept: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -631,7 +635,8 @@ def _nll_backward(call: Call, two_d: bool) -> Plan:
     step = Launch(
         nll_backward_kernel, (blocks, class_blocks, 1),
         (Out(0), Arg(0), Arg(2), Arg(6), weights, Size(rows.n_rows), classes, Size(call["ignore_index"]),
-         sizes_argument(rows.row_sizes, not tile.gather), *rows.row_strides, rows.column_strides[0][0], 1 if weight is None else weight.stride[0]),
+         sizes_argument(rows.row_sizes, not tile.gather), *rows.row_strides, rows.column_strides[0][0],
+         1 if weight is None else weight.stride[0]),
         (("MEAN", reduction == MEAN), ("ACC", TRITON[acc]), ("GATHER", tile.gather), ("WIDE", is_wide(x, target, g)),
          ("BLOCK_R", tile.rows), ("BLOCK_N", tile.columns)), warps(4, call.target), asserts=True)
     return Plan((out,), (step,), Out(0), metas, bytes=x.numel * x.dtype.itemsize, flops=0)

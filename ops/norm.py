@@ -289,7 +289,7 @@ def norm_weights_kernel(dw, db, p_g, p_x, means, p_rstd, n_rows, n, run, sizes, 
         g = tl.load(p_g + unravel(o_row, sizes, g_rows)[:, None] + o_g, mask=mask, other=0.0).to(ACC)
         if len(dw) == 1:
             x = tl.load(p_x + unravel(o_row, sizes, x_rows)[:, None] + o_x, mask=mask, other=0.0).to(ACC)
-            h, rstd = _normalized(x, means, p_rstd, o_row, m_row, ACC)
+            h, _ = _normalized(x, means, p_rstd, o_row, m_row, ACC)
             sum_w += g * tl.where(mask, h, 0.0)
         sum_b += g
     if len(dw) == 1:
@@ -460,7 +460,8 @@ def _norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight: in
     args = (Out(0), means, rstds, Arg(0), optional(w, Arg(weight or 0), metas), optional(b, Arg(bias or 0), metas), eps,
             Size(rows.n_rows), rows.n_columns, sizes_argument(rows.row_sizes), rows.row_strides[1],
             sizes_argument(rows.column_sizes), *rows.column_strides[1:])
-    constants = (("RMS", rms), ("ACC", TRITON[acc]), ("WIDE", is_wide(x, allocs[0].meta)), ("BLOCK_R", tile.rows), ("BLOCK_N", tile.columns))
+    constants = (("RMS", rms), ("ACC", TRITON[acc]), ("WIDE", is_wide(x, allocs[0].meta)), ("BLOCK_R", tile.rows),
+                 ("BLOCK_N", tile.columns))
     step = Launch(norm_loop_kernel if tile.loops else norm_kernel, (-(-rows.n_rows // tile.rows), 1, 1), args, constants,
                   warps(tile.warps, call.target))
     return Plan(tuple(allocs), (step,), returns, metas, bytes=2 * x.numel * x.dtype.itemsize, flops=x.numel * 8)
