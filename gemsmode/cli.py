@@ -1,8 +1,8 @@
 """The command line: ``gemsmode`` or ``python -m gemsmode``.
 
 Exit codes: 0 all is well; 1 what was asked for ran and found a problem (``demo``: results too far apart, ``doctor``: a
-check failed, ``ops``: nothing matches, ``verify``: a call differs); 2 the command could not be understood or carried out. ``report``, and ``verify``
-where all agrees, end with the exit code of the script that they ran.
+check failed, ``ops``: nothing matches, ``verify``: a call differs); 2 the command could not be understood or carried
+out. ``report``, and ``verify`` where all agrees, end with the exit code of the script that they ran.
 """
 
 from __future__ import annotations
@@ -500,13 +500,15 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("-m", dest="module_flag", metavar="MODULE", help="run a module, as python -m does")
     report.add_argument("--strict", action="store_true", help="stop at the first rule that fails, instead of falling back")
     report.add_argument("--dry-run", action="store_true", help="run nothing: tensors are on the meta device, and calls are only decided")
-    report.add_argument("--target", metavar="TARGET", help="what a dry run is for: cuda:90, hip:gfx942, cpu... (default: this GPU, or cuda:90)")
+    report.add_argument("--target", metavar="TARGET",
+                        help="what a dry run is for: cuda:90, hip:gfx942, cpu... (default: this GPU, or cuda:90)")
     report.add_argument("--dtype", metavar="DTYPE", help="of a dry run: floating-point tensors whose dtype the script does not name")
     _add_report_options(report)
     report.usage = "gemsmode report [options] SCRIPT.py [args...]\n       gemsmode report [options] -m MODULE [args...]"
 
     verify = command("verify", _verify, "run a script, unchanged, and compare each call that a rule serves with PyTorch's own",
-                     "examples:\n  gemsmode verify train.py --steps 1\n  gemsmode verify --reproducers wrong/ --on-mismatch raise train.py\n\n"
+                     "examples:\n  gemsmode verify train.py --steps 1\n"
+                     "  gemsmode verify --reproducers wrong/ --on-mismatch raise train.py\n\n"
                      "Exit code 1 if any call differs. A kernel of your own is compared if the script registers it with @gemsmode.rule.")
     verify.add_argument("-m", dest="module_flag", metavar="MODULE", help="run a module, as python -m does")
     verify.add_argument("--strict", action="store_true", help="stop at the first rule that fails, instead of falling back")

@@ -168,7 +168,8 @@ def _attention(target: Target) -> Callable[..., Any]:
         if attn_mask is not None:
             attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         if kind == "cudnn":
-            return aten._scaled_dot_product_cudnn_attention(query, key, value, attn_mask, gradients, dropout_p, is_causal, False, scale=scale)[0]
+            return aten._scaled_dot_product_cudnn_attention(query, key, value, attn_mask, gradients, dropout_p, is_causal, False,
+                                                            scale=scale)[0]
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, gradients, dropout_p, is_causal, scale=scale)[0]
@@ -313,7 +314,7 @@ class DryRun:
         if getattr(op, "namespace", "") == "prim":  # a fake tensor being asked for its device
             return False
         others = [m for m in _get_current_dispatch_mode_stack() if m.is_infra_mode() and not isinstance(m, FakeTensorMode)]
-        return not others and all(t is torch.Tensor or t.__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or issubclass(t, FakeTensor)
+        return not others and all(issubclass(t, FakeTensor) or getattr(t, "__torch_dispatch__", None) is torch.Tensor.__torch_dispatch__
                                   for t in types)
 
     def notes(self) -> list[str]:
@@ -334,7 +335,8 @@ class DryRun:
     def function(self, op: Any, handler: OpHandler, recorder: Recorder) -> Callable[..., Any]:
         """What the mode calls for ``op``."""
         name = op._schema.name.partition("::")[2] if hasattr(op, "_schema") else ""
-        run, functions, decisions = native(op), handler.functions, {}
+        run, functions = native(op), handler.functions
+        decisions: dict[Any, Decision] = {}
         apart = None
         if name in ON_GPU and op._overloadname in ("", "default") and self.target.device_type == "cuda":
             apart = ON_GPU[name](self.target)
@@ -462,6 +464,9 @@ class _NoAbort(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_LIKE_ITSELF = (torch.Tensor.new_tensor, torch.Tensor.new_full, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_empty)
+
+
 class OnMeta(TorchFunctionMode):
     """Runs a program that is not written for it on the meta device: whatever device it names, tensors are made there."""
 
@@ -481,7 +486,7 @@ class OnMeta(TorchFunctionMode):
         elif func is torch.Tensor.to:
             args = tuple(torch.device("meta") if _is_device(a) else a for a in args)
             kwargs = {k: "meta" if k == "device" and v is not None else v for k, v in kwargs.items()}
-        elif func in (torch.Tensor.new_tensor, torch.Tensor.new_full, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_empty):
+        elif func in _LIKE_ITSELF:
             kwargs.pop("device", None)
         elif kwargs.get("device") is not None:
             kwargs["device"] = "meta"

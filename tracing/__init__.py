@@ -9,4 +9,5 @@ from gemsmode.tracing.ranks import Gathered, gather, merge
 from gemsmode.tracing.recorder import Recorder
 from gemsmode.tracing.report import Change, Check, Coverage, Difference, Record, Report, Row
 
-__all__ = ["Change", "Check", "Coverage", "Difference", "Gathered", "NotAReportError", "Record", "Recorder", "Report", "Row", "gather", "merge"]
+__all__ = ["Change", "Check", "Coverage", "Difference", "Gathered", "NotAReportError", "Record", "Recorder", "Report", "Row", "gather",
+           "merge"]

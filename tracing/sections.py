@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gemsmode.tracing.report import Difference, Report, Row
+from gemsmode.tracing.report import Check, Difference, Report, Row
 
-NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate", "host", "bytes", "flops", "compared", "failed", "eps", "relative",
-                     "of tolerance"})
+NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate", "host", "bytes", "flops", "compared", "failed", "eps",
+                     "relative", "of tolerance"})
 """Columns that stand to the right."""
 
 FOLDED = frozenset({"arguments", "dtypes", "why", "module", "error", "decision", "worst at"})
@@ -46,15 +46,13 @@ def seconds(value: float) -> str:
     return f"{value / 1e-6:.3g} us" if value else "0"
 
 
-def scaled(value: float, unit: str, decimal: int = 1000) -> str:
+def scaled(value: float, unit: str) -> str:
     """``1.23 GB``, ``45.6 TFLOP``."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(value) < decimal:
-            break
-        value /= decimal
-    else:
-        prefix = "E"
-    return f"{value:.3g} {prefix}{unit}" if value < 1000 else f"{value:,.0f} {prefix}{unit}"
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    while abs(value) >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:.3g} {prefixes[0]}{unit}"
 
 
 def percent(value: float) -> str:
@@ -94,8 +92,9 @@ def _dry_headline(report: Report, compute: int) -> list[str]:
     environment, c = report.environment, report.coverage
     lines = [f"{count(report.calls, 'call')}, {compute:,} of them compute, in a dry run for {environment.get('device', '')}, "
              f"torch {environment.get('torch', '')}"]
-    flops = {kind: sum((r.flops or 0) * r.calls for r in report.compute if kind == "all" or r.decision == "rule") for kind in ("all", "rule")}
-    share = f", {percent(flops['rule'] / flops['all'])} of {scaled(flops['all'], 'FLOP')}" if flops["all"] else ""
+    flops = sum((r.flops or 0) * r.calls for r in report.compute)
+    replaced = sum((r.flops or 0) * r.calls for r in report.compute if r.decision == "rule")
+    share = f", {percent(replaced / flops)} of {scaled(flops, 'FLOP')}" if flops else ""
     lines.append(f"coverage of compute: {percent(c.calls)} of calls, {percent(c.bytes)} of bytes{share}" if compute else
                  "no call that computes was seen: is the model run inside the block?")
     if environment.get("peak_bytes"):
@@ -189,15 +188,17 @@ def _verified(report: Report, limit: int | None) -> Section | None:
         text += f". The first: {failed[0].first}" if len(failed) == 1 else ". The first of each:\n" + "\n".join(c.first for c in failed[:5])
     shown = report.checks[:limit]
     rows = [[short(c.overload), c.rule, f"{c.compared:,}", f"{c.failed:,}" if c.failed else "", f"{c.error_eps:.3g}", f"{c.error:.1e}",
-             f"{c.allowed:.2g}", f"{c.module or '(no module)'} {c.phase}, {_short_site(c.site)}" if c.compared else f"not compared: {c.why}"]
-            for c in shown]
+             f"{c.allowed:.2g}", _worst_at(c)] for c in shown]
     columns = ("overload", "rule", "compared", "failed", "eps", "relative", "of tolerance", "worst at")
     return Section("Verified", "bad" if failed else "good", text, columns, rows, len(report.checks) - len(shown))
 
 
-def _short_site(site: str) -> str:
-    """``train.py:12`` for ``/home/me/train.py:12 in step``."""
-    return site.partition(" in ")[0].replace("\\", "/").rpartition("/")[2] or "no frame"
+def _worst_at(check: Check) -> str:
+    """``Net.layers.0 forward, train.py:12``."""
+    if not check.compared:
+        return f"not compared: {check.why}"
+    file = check.site.partition(" in ")[0].replace("\\", "/").rpartition("/")[2]
+    return f"{check.module or '(no module)'} {check.phase}" + (f", {file}" if file else "")
 
 
 def _replaced(report: Report, by: str, limit: int | None, cost: _Cost) -> Section | None:
@@ -222,7 +223,8 @@ def _failed(report: Report, limit: int | None) -> Section | None:
         return None
     shown, left_out = _cut(rows, limit)
     table = [[short(row.label[0]), _words(row, "rule"), f"{row.calls:,}", clip(_words(row, "reason"), 200)] for row in shown]
-    return Section("Failed", "bad", f"{_sum(report, rows)}, PyTorch's own ran instead", ("overload", "rule", "calls", "error"), table, left_out)
+    text = f"{_sum(report, rows)}, PyTorch's own ran instead"
+    return Section("Failed", "bad", text, ("overload", "rule", "calls", "error"), table, left_out)
 
 
 def _passed(report: Report, by: str, limit: int | None, cost: _Cost) -> Section | None:
@@ -246,8 +248,8 @@ def _views(report: Report) -> Section | None:
         return None
     names = ", ".join(f"{short(row.label[0])} {row.calls}" for row in rows[:6]) + (", ..." if len(rows) > 6 else "")
     calls, host_s = sum(r.calls for r in rows), sum(r.host_s for r in rows)
-    return Section("Views, allocations, metadata", "",
-                   f"{count(calls, 'call')}, {'' if is_dry(report) else seconds(host_s) + ' of host time, '}not in the figures above: {names}")
+    cost = "" if is_dry(report) else f"{seconds(host_s)} of host time, "
+    return Section("Views, allocations, metadata", "", f"{count(calls, 'call')}, {cost}not in the figures above: {names}")
 
 
 def _modules(report: Report, limit: int | None, depth: int | None, cost: _Cost) -> Section | None:
