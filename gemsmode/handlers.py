@@ -388,12 +388,16 @@ class OpHandler:
                 raise Decline("the tensor to be written overlaps itself")
             if not torch.can_cast(result.dtype, out.dtype):
                 raise Decline(f"PyTorch rejects it: a result of {result.dtype} cannot be written to {out.dtype}")
+        if not variant.inplace and any(result.dtype != out.dtype for result, out in zip(results, outs)):
+            _ask_native(self.op, args)
         if any(result.shape != out.shape for result, out in zip(results, outs)):
             if variant.inplace:
                 raise Decline("PyTorch rejects it: the result's shape is not that of the tensor to be written")
             return plan._replace(allocs=(), launches=(), metas={}, returns=None), functools.partial(self._resizing, variant.outs, results)
         returns: Any = targets[0] if len(targets) == 1 else tuple(targets)
-        fits = all(r.dtype == o.dtype and (r.stride == o.stride or r.numel == 0) for r, o in zip(results, outs))
+        # An allocation that is filled with zeros first stays a fresh tensor.
+        fits = all(r.dtype == o.dtype and (r.stride == o.stride or r.numel == 0) for r, o in zip(results, outs)) and not any(
+            plan.allocs[i].zero for i in produced)
         reads_written = variant.inplace and not plan.elementwise
         if (not fits or reads_written) and rule.writes_out:
             call.outs, call.inplace = tuple(outs), variant.inplace
@@ -568,6 +572,23 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     a_first, b_first = a.data_ptr(), b.data_ptr()
     return (a_first < b_first + _byte_extent(TensorMeta.of(b)) and b_first < a_first + _byte_extent(TensorMeta.of(a))
             and a.device == b.device)
+
+
+def _ask_native(op: OpOverload, args: tuple[Any, ...]) -> None:
+    """Run PyTorch's own ``op`` on metadata alone: not every op takes an ``out=`` of another dtype.
+
+    Raises:
+        Decline: PyTorch rejects the call.
+    """
+    def stand_in(value: Any) -> Any:
+        if value.__class__ is TensorMeta:
+            return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
+        return [stand_in(v) for v in value] if value.__class__ in (tuple, list) else value
+
+    try:
+        native_in_order(op)(*[stand_in(a) for a in args])
+    except Exception as error:
+        raise Decline(f"PyTorch rejects it: {error}") from None
 
 
 def _resize_output(out: torch.Tensor, shape: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ Each test asserts that a rule ran: one whose samples all passed through to PyTor
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 import harness
@@ -16,12 +17,26 @@ from torch._ops import OpOverload
 from gemsmode.registry import short_name
 
 UNREACHED: dict[str, str] = {
+    "_aminmax*": "test_reduction", "_is_a*_true": "test_reduction", "norm.*": "test_reduction",
+    "_cum*_helper": "test_scan", "_logcumsumexp*": "test_scan",
+    "_foreach_zero_": "test_foreach", "_fused_adam*": "test_foreach", "_fused_sgd*": "test_foreach",
+    "_fused_rms_norm*": "test_norm", "_weight_norm_interface*": "test_norm",
+    "_scaled_dot_product_*": "test_attention",
+    "*mm.dtype*": "test_matmul",
+    "detach_copy*": "test_movement", "lift_fresh_copy*": "test_movement", "select_copy.*": "test_movement",
+    "slice_copy.*": "test_movement", "squeeze_copy.*": "test_movement", "fill*.Tensor*": "test_movement",
+    "native_dropout*": "test_random", "rand*": "test_random",
 }
-"""Overloads for which no call can be made from any OpInfo or from the schema, and where they are tested instead."""
+"""Overloads for which no call can be made from any OpInfo or from the schema, and the tests that call them instead."""
 
 NEVER_INTERCEPTED: dict[str, str] = {
 }
 """Overloads that a rule may serve by the schema but that no sample here can make it serve, and why."""
+
+
+def is_foreach(case: Case) -> bool:
+    """Their in-place variants return nothing and Python has no ``out=`` for them: test_overload calls them."""
+    return case.info.name.startswith("_foreach")
 
 
 def describe_sample(sample: Any) -> str:
@@ -40,20 +55,27 @@ def info_name(info: Any) -> str:
     return next(name for name, other in harness.opinfos().items() if other is info)
 
 
+def few(dtypes: list[torch.dtype]) -> list[torch.dtype]:
+    """The dtypes in which a default run tests variants."""
+    return dtypes if harness.OPTIONS.full else [d for d in dtypes if d in (torch.float32, torch.bfloat16, torch.int64, torch.bool)]
+
+
 def kind_for(case: Case) -> str:
     own = [op for op in harness.reach()[case.name].forward if isinstance(op, OpOverload)]
-    return "pointwise" if len(own) <= 1 and all(harness.kind_of(op) == "pointwise" for op in case.targets) else "reduction"
+    kinds = {harness.kind_of(op) for op in case.targets}
+    return kinds.pop() if len(own) <= 1 and len(kinds) == 1 else "reduction"
 
 
-def finish(case: Case, failures: Failures, intercepted: int, ran: int) -> None:
+def finish(case: Case, failures: Failures, intercepted: int, met: set[str]) -> None:
+    """The end of a test; ``met``: why calls of its ops passed through (nothing, if none was called at all)."""
     failures.done()
-    if not ran:
-        pytest.skip("PyTorch itself runs none of these samples here")
+    if not intercepted and all("complex" in reason for reason in met):
+        pytest.skip("the samples of this run reach these ops with complex tensors, or not at all; test_overload calls them")
     assert intercepted, f"no sample was intercepted:\n  {harness.reasons(case.targets)}"
 
 
 def run_forward(case: Case, context: Any = torch.no_grad) -> None:
-    info, failures, intercepted, ran = case.info, Failures(), 0, 0
+    info, failures, intercepted, met = case.info, Failures(), 0, set()
     kind, values = kind_for(case), comparable(info)
     for dtype in dtypes_of(info):
         for sample in samples(info, dtype):
@@ -67,18 +89,18 @@ def run_forward(case: Case, context: Any = torch.no_grad) -> None:
                 expected = quietly(call, harness.own_memory(tree))
             except Exception:
                 continue  # PyTorch has no implementation of this sample here
-            ran += 1
 
             def check(tree: Any = tree, expected: Any = expected) -> None:
                 nonlocal intercepted
                 outcome = under_mode(call, harness.own_memory(tree))
                 intercepted += outcome.intercepted(case.targets)
+                met.update(d.reason or d.kind for op, d in outcome.calls if op in case.targets and d.kind != "rule")
                 tally(outcome.calls)
                 exact = harness.reference(call, tree) if values else None
                 compare("result", outcome.result, expected, exact, kind, values=values)
 
             failures.check(f"{info.name}({describe_sample(sample)})", check)
-    finish(case, failures, intercepted, ran)
+    finish(case, failures, intercepted, met)
 
 
 @pytest.mark.parametrize("case", cases("forward"), ids=str)
@@ -94,10 +116,10 @@ def test_inference_mode(case: Case) -> None:
 @pytest.mark.parametrize("case", cases("backward"), ids=str)
 def test_backward(case: Case) -> None:
     """Gradients through autograd, forward and backward under the mode."""
-    info, failures, intercepted, ran = case.info, Failures(), 0, 0
+    info, failures, intercepted, met = case.info, Failures(), 0, set()
     values = comparable(info)
     for dtype in dtypes_of(info, grad=True):
-        for sample in samples(info, dtype, grad=True, cap=None if harness.OPTIONS.full else 4):
+        for sample in samples(info, dtype, grad=True, cap=None if harness.OPTIONS.full else 3):
             def gradients(tree: Any, process: Any = sample.output_process_fn_grad) -> Any:
                 given, args, kwargs = tree
                 out = process(info(given, *args, **kwargs))
@@ -110,27 +132,27 @@ def test_backward(case: Case) -> None:
                 expected = quietly(gradients, harness.own_memory(tree))
             except Exception:
                 continue
-            ran += 1
 
             def check(tree: Any = tree, expected: Any = expected, gradients: Any = gradients) -> None:
                 nonlocal intercepted
                 outcome = under_mode(gradients, harness.own_memory(tree))
                 intercepted += outcome.intercepted(case.targets)
+                met.update(d.reason or d.kind for op, d in outcome.calls if op in case.targets and d.kind != "rule")
                 tally(outcome.calls)
                 exact = harness.reference(gradients, tree) if values else None
                 compare("gradient", outcome.result, expected, exact, "reduction", values=values)
 
             failures.check(f"{info.name}({describe_sample(sample)})", check)
-    finish(case, failures, intercepted, ran)
+    finish(case, failures, intercepted, met)
 
 
-@pytest.mark.parametrize("case", [c for c in cases("forward") if c.info.inplace_variant is not None], ids=str)
+@pytest.mark.parametrize("case", [c for c in cases("forward") if c.info.inplace_variant is not None and not is_foreach(c)], ids=str)
 def test_inplace(case: Case) -> None:
     """``x.op_(...)``: the same object comes back, with PyTorch's values; what PyTorch rejects stays rejected."""
     info, failures, ran = case.info, Failures(), 0
     variant, kind, values = info.inplace_variant, kind_for(case), comparable(info)
-    for dtype in dtypes_of(info):
-        for sample in samples(info, dtype, cap=None if harness.OPTIONS.full else 4):
+    for dtype in few(dtypes_of(info)):
+        for sample in samples(info, dtype, cap=None if harness.OPTIONS.full else 3):
             def call(tree: Any) -> Any:
                 given, args, kwargs = tree
                 with torch.no_grad():
@@ -166,16 +188,22 @@ def test_inplace(case: Case) -> None:
         pytest.skip("no samples")
 
 
-@pytest.mark.parametrize("case", [c for c in cases("forward") if c.info.supports_out], ids=str)
+OUT_OF_PYTORCH: dict[str, str] = {
+    "linalg_matrix_rank": "under any dispatch mode PyTorch leaves its out= unwritten",
+    "narrow_copy": "PyTorch's CPU kernel writes to a strided out= as if it were contiguous",
+}
+"""OpInfos whose ``out=`` is no reference, and why."""
+
+
+@pytest.mark.parametrize("case", [c for c in cases("forward") if c.info.supports_out and not is_foreach(c)], ids=str)
 def test_out(case: Case) -> None:
     """``out=``: of the right layout, empty (PyTorch resizes it), with other strides, and of another dtype."""
+    if case.name in OUT_OF_PYTORCH:
+        pytest.skip(OUT_OF_PYTORCH[case.name])
     info, failures, ran = case.info, Failures(), 0
     kind, values = kind_for(case), comparable(info)
-    dtypes = dtypes_of(info)
-    if not harness.OPTIONS.full:
-        dtypes = [d for d in dtypes if d in (torch.float32, torch.bfloat16, torch.int64, torch.bool)]
-    for dtype in dtypes:
-        for number, sample in enumerate(samples(info, dtype, cap=None if harness.OPTIONS.full else 4)):
+    for dtype in few(dtypes_of(info)):
+        for number, sample in enumerate(samples(info, dtype, cap=None if harness.OPTIONS.full else 2)):
             tree = (sample.input, sample.args, sample.kwargs)
 
             def plain(tree: Any) -> Any:
@@ -206,7 +234,8 @@ def test_out(case: Case) -> None:
                     error = raised
                 ran += 1
 
-                def check(tree: Any = tree, call: Any = call, expected: Any = expected, error: Any = error, results: Any = results) -> None:
+                def check(tree: Any = tree, call: Any = call, expected: Any = expected, error: Any = error,
+                          results: Any = results, plain: Any = plain) -> None:
                     if error is not None:
                         with pytest.raises(type(error)):
                             under_mode(call, harness.own_memory(tree))
@@ -215,9 +244,10 @@ def test_out(case: Case) -> None:
                     tally(outcome.calls)
                     # A wider out= may show more of the result than its own dtype has; that is no error.
                     narrow = [r.dtype for r in harness.tree_leaves(results)]
+                    exact = harness.reference(plain, tree) if values and isinstance(results, torch.Tensor) else None
                     for part, got, wanted in zip(("result", "out"), outcome.result, expected):
                         for a, b, dtype in zip(harness.tree_leaves(got), harness.tree_leaves(wanted), narrow):
-                            compare_out(part, a, b, dtype, kind, values)
+                            compare_out(part, a, b, dtype, kind, values, exact)
 
                 failures.check(f"{info.name}({describe_sample(sample)}, out={way.__name__})", check)
     failures.done()
@@ -225,12 +255,12 @@ def test_out(case: Case) -> None:
         pytest.skip("no samples")
 
 
-def compare_out(part: str, got: torch.Tensor, native: torch.Tensor, dtype: torch.dtype, kind: str, values: bool) -> None:
+def compare_out(part: str, got: torch.Tensor, native: torch.Tensor, dtype: torch.dtype, kind: str, values: bool, exact: Any) -> None:
     compare(part, got, native, None, kind, values=False)
     if values and native.dtype == torch.float64 and dtype.is_floating_point:
-        compare(part, got.to(dtype), native.to(dtype), None, kind)
+        compare(part, got.to(dtype), native.to(dtype), exact, kind)
     elif values:
-        compare(part, got, native, None, kind)
+        compare(part, got, native, exact, kind)
 
 
 def same(result: torch.Tensor) -> torch.Tensor:
@@ -264,7 +294,7 @@ def test_overload(op: OpOverload) -> None:
     """Each overload called by itself: those that OpInfos reach and those that are derived from them."""
     failures, intercepted, ran = Failures(), 0, 0
     for dtype in TEMPLATE_DTYPES if harness.OPTIONS.full else TEMPLATE_DTYPES[:4]:
-        for template in harness.thin(harness.templates(op, dtype), 3, lambda t: harness.elements(t.args)):
+        for template in harness.thin(harness.templates(op, dtype), 2, lambda t: harness.elements(t.args)):
             ran += 1
 
             def check(template: Any = template) -> None:
@@ -275,7 +305,8 @@ def test_overload(op: OpOverload) -> None:
     failures.done()
     name = short_name(op)
     if not ran:
-        assert name in UNREACHED, "no OpInfo reaches this overload and none could be made from its schema"
-        pytest.skip(UNREACHED[name])
+        where = next((place for pattern, place in UNREACHED.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        assert where is not None, "no OpInfo reaches this overload and none could be made from its schema"
+        pytest.skip(f"called in {where}")
     if name not in NEVER_INTERCEPTED:
         assert intercepted, f"no call was intercepted:\n  {harness.reasons([op])}"

@@ -136,12 +136,16 @@ SHAPES: dict[str, tuple[tuple[Make, tuple[int, ...]], ...]] = {
 
 @pytest.mark.parametrize("op", POINTWISE, ids=short_name)
 def test_shapes(op: OpOverload) -> None:
+    if (why := UNRELATED.get(op._schema.name.partition("::")[2])) is not None:
+        pytest.skip(why)
     failures, intercepted = Failures(), 0
-    for dtype in dtypes_for(op):
+    for number, dtype in enumerate(dtypes_for(op)):
         template = template_for(op, dtype)
         if template is None or not only_plain_tensors(op):
             continue
-        for name, makers in SHAPES.items():
+        for position, (name, makers) in enumerate(SHAPES.items()):
+            if number and (position + number + zlib.crc32(str(op).encode())) % 4 and not harness.OPTIONS.full:
+                continue  # a quarter of the shapes for dtypes other than float32
             operands = [make(shape, dtype, 31 * i) for i, (make, shape) in
                         enumerate(makers[min(j, len(makers) - 1)] for j in range(count_tensors(template)))]
             args = with_tensors(op, template, operands)
@@ -171,11 +175,27 @@ def special(dtype: torch.dtype) -> torch.Tensor:
 
 
 UNDEFINED: dict[str, str] = {
-    # "op": "why its results for extremal values are not PyTorch's to promise"
     "_to_copy": "C++ leaves the conversion of NaN and of out-of-range numbers to integers undefined",
     "copy_": "as _to_copy", "copy": "as _to_copy",
+    "gcd": "the absolute value of the smallest integer overflows",
+    "lcm": "the absolute value of the smallest integer overflows",
+    "log_sigmoid_backward": "its buffer is the forward's on a CPU and ignored on a GPU",
 }
+"""Ops whose results for extremal values are not PyTorch's to promise, and why."""
 
+ON_CPU_ONLY: dict[str, str] = {
+    # PyTorch's vectorized CPU kernels differ from its GPU kernels, which the rules follow
+    "softshrink_backward": "NaN counts as inside of the threshold on a CPU", "hardshrink_backward": "as softshrink_backward",
+    "hardtanh_backward": "as softshrink_backward", "hardswish_backward": "blends instead of branching, so that 0 * inf is NaN",
+    "mish_backward": "blends instead of branching", "_add_relu": "clamps to the largest finite number",
+    "remainder": "the vectorized fmod of float64 is NaN for quotients beyond 2^53",
+}
+"""Ops whose extremal values are compared on a GPU only, and why."""
+
+UNRELATED: dict[str, str] = {
+    "log_sigmoid_backward": "its buffer is the forward's on a CPU",
+}
+"""Ops whose tensors cannot be chosen independently, and why."""
 
 DIVISIONS = {"div", "true_divide", "floor_divide", "remainder", "fmod", "gcd", "lcm"}
 """Ops of integers where PyTorch's CPU kernels end the process on the smallest integer divided by -1."""
@@ -184,8 +204,9 @@ DIVISIONS = {"div", "true_divide", "floor_divide", "remainder", "fmod", "gcd", "
 @pytest.mark.parametrize("op", POINTWISE, ids=short_name)
 def test_extremal_values(op: OpOverload) -> None:
     """Every pair of special values meets."""
-    if op._schema.name.partition("::")[2] in UNDEFINED:
-        pytest.skip(UNDEFINED[op._schema.name.partition("::")[2]])
+    name = op._schema.name.partition("::")[2]
+    if name in UNDEFINED or (name in ON_CPU_ONLY and harness.OPTIONS.device == "cpu"):
+        pytest.skip(UNDEFINED.get(name) or ON_CPU_ONLY[name])
     failures, intercepted = Failures(), 0
     for dtype in dtypes_for(op):
         template = template_for(op, dtype)
@@ -193,7 +214,7 @@ def test_extremal_values(op: OpOverload) -> None:
             continue
         values = special(dtype).to(harness.OPTIONS.device)
         if not dtype.is_floating_point and op._schema.name.partition("::")[2].strip("_") in DIVISIONS:
-            values = values[values != -1]
+            values = values[(values != -1) & (values != values.min())]
         n = len(values)
         first = values[:, None].expand(n, n).contiguous()
         others = [values[None, :].expand(n, n).contiguous(), values.flip(0)[None, :].roll(n // 2).expand(n, n).contiguous()]
@@ -253,13 +274,13 @@ def test_layouts(op: OpOverload) -> None:
     failures, intercepted, ran = Failures(), 0, 0
     for dtype in (torch.float32, torch.int64, torch.bool):
         found = [t for t in harness.templates(op, dtype) if harness.elements(t.args) > 1]
-        if not found or (ran and not harness.OPTIONS.full):
+        if not found or (intercepted and not harness.OPTIONS.full):
             continue
         found = harness.thin(sorted(found, key=lambda t: -max(a.ndim for a in harness.tree_leaves(t.args) if isinstance(a, torch.Tensor))),
-                             3, lambda t: harness.elements(t.args))
-        for template in found:
+                             2, lambda t: harness.elements(t.args))
+        for number, template in enumerate(found):
             for name, relaid in LAYOUTS.items():
-                for which in ("all", "the first"):
+                for which in ("all", "the first") if not number or harness.OPTIONS.full else ("all",):
                     seen = False
 
                     def change(a: Any, relaid: Any = relaid, which: str = which) -> Any:
@@ -321,7 +342,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_inplace_through_views(op: OpOverload) -> None:
     """``a[:2] *= 3``: the view changes, the memory around it does not."""
     failures, intercepted = Failures(), 0
-    for dtype in dtypes_for(op)[:2]:
+    for dtype in dtypes_for(op):
         template = template_for(op, dtype)
         if template is None or not only_plain_tensors(op):
             continue
