@@ -237,6 +237,8 @@ def _fitted(tile: Tile, itemsize: int, target: Target) -> Tile:
     """``tile`` with as few stages as the target's shared memory asks for."""
     if target.backend == "hip":
         return Tile(tile.m, tile.n, tile.k, tile.warps, 2)  # 64 KiB; one buffer for two stages
+    if target.backend == "cuda" and int(target.arch) < 90 and tile.count >= 128 * 128:
+        tile = Tile(tile.m, tile.n, tile.k, 8, tile.stages)  # without wgmma operands take registers too: 4 warps spill
     limit = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(int(target.arch), 99) * 1024 if target.backend == "cuda" else 64 * 1024
     stages = tile.stages
     while stages > 1 and _shared_memory(Tile(tile.m, tile.n, tile.k, tile.warps, stages), itemsize) > limit:
