@@ -139,4 +139,7 @@ def is_composite(op: Any) -> bool:
     if not isinstance(op, OpOverload):
         return False
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(op.name(), "CompositeImplicitAutograd") and not any(has(op.name(), key) for key in ("CPU", "CUDA"))
+    try:
+        return has(op.name(), "CompositeImplicitAutograd") and not any(has(op.name(), key) for key in ("CPU", "CUDA"))
+    except RuntimeError:  # an op of TorchScript alone, such as prim.device, which the dispatcher does not know
+        return False

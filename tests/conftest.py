@@ -51,6 +51,23 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--device")
 
 
+# Modules whose tests make their tensors where tensors are made by default.
+_ON_DEFAULT_DEVICE = {"test_reduction", "test_scan", "test_matmul", "test_loss", "test_norm", "test_softmax"}
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--device cuda`` the tests of these modules make their tensors on the GPU."""
+    import torch
+
+    if request.config.getoption("--device") != "cuda" or request.module.__name__.rpartition(".")[2] not in _ON_DEFAULT_DEVICE:
+        yield
+        return
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture
 def unpoisoned() -> Iterator[None]:
     """For tests of what a plan does by itself: allocations are not filled."""
