@@ -267,15 +267,19 @@ class OpHandler:
         by_name = {p.name: a for p, a in zip(parameters(self.op), args) if p.kwarg_only}
         return self.functions.key(*args[:len(args) - len(by_name)], **by_name)
 
-    def _miss(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        return self.lookup(args).run
+    def _miss(self, args: tuple[Any, ...], key: tuple | None) -> Callable[..., Any]:
+        """What to run for a call whose key was not found (None: could not be built)."""
+        if key is None:
+            return self.lookup(args).run
+        found = self.decided.get(key)
+        return (found if found is not None else self._decide(key, args)).run
 
     def _decide(self, key: tuple, args: tuple[Any, ...]) -> Decided:
         with self._lock:
             if exotic := _exotic(args):
                 # Not kept: a plain tensor of the same metadata has the same key.
                 return self._passing(exotic)
-            decided = self.decide(tuple(describe(a) for a in args))
+            decided = self.decide(tuple([describe(a) for a in args]))
             if len(self._plans) >= MAX_PLANS:
                 oldest = next(iter(self._plans))
                 self._plans.pop(oldest, None)

@@ -141,13 +141,15 @@ class Call:
         outs: the tensors to be written when the call is an in-place or ``out=`` variant, else None.
         inplace: True if ``outs`` are also inputs.
         target: what the plan will run on.
+        common: the promoted dtype, once a rule's predicate has worked it out for its planner.
     """
 
-    __slots__ = ("args", "inplace", "op", "outs", "target")
+    __slots__ = ("args", "common", "inplace", "op", "outs", "target")
 
     def __init__(self, op: OpOverload, args: Sequence[Any], target: Target,
                  outs: tuple[TensorMeta, ...] | None = None, inplace: bool = False) -> None:
         self.op, self.args, self.target, self.outs, self.inplace = op, tuple(args), target, outs, inplace
+        self.common: torch.dtype | None = None
 
     @property
     def tensors(self) -> Iterator[TensorMeta]:
@@ -276,8 +278,10 @@ def bind({arguments}):
 def call({arguments}):
     try:
         run = plans[{key}]
+    except KeyError as missing:
+        run = miss(({given},), missing.args[0])
     except Exception:
-        run = miss(({given},))
+        run = miss(({given},), None)
     try:
         return run({given})
     except Exception as error:

@@ -512,7 +512,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
             return result_type([call.args[index[n]] for n in promoted if call.args[index[n]] is not None])
 
         def admits(call: Call) -> tuple[bool, str]:
-            common = common_dtype(call)
+            common = call.common = common_dtype(call)
             if common in allowed:
                 return True, ""
             return False, f"{dtype_name(common)} is not in {allowed_names}" + (": complex is not handled yet" if common.is_complex else "")
@@ -524,7 +524,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
                  name=name or function.fn.__name__, numbers=True, by_value=by_value, state=state, writes_out=True)
         def plan(call: Call) -> Plan:
             args = call.args
-            common = common_dtype(call)
+            common = call.common or common_dtype(call)
             if check is not None:
                 check(call, common)
             if kind == INT_TO_FLOAT and not common.is_floating_point:
