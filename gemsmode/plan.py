@@ -52,7 +52,7 @@ class Num(NamedTuple):
     """The op's argument number ``index``, a Python number passed to the kernel at run time.
 
     ``dtype`` is what the kernel sees: ``"fp32"``, ``"fp64"``, ``"i32"`` or ``"i64"``. ``from_tensor``: the argument is
-    a 0-dim CPU tensor, read on the host.
+    a 0-dim CPU tensor, read on the host, or a float that is cut off to an integer.
     """
 
     index: int
@@ -448,8 +448,8 @@ def _draw(device_type: str, generator: torch.Generator | None) -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device_type, generator=generator)
 
 
-def _number(value: torch.Tensor) -> Any:
-    return value.item()
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else int(value)
 
 
 class _Names:

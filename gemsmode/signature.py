@@ -337,7 +337,7 @@ def variant_of(op: OpOverload, base: OpOverload) -> Variant | None:
             numbers.append(i)
     outs = tuple(i for i, p in enumerate(mine) if p.is_out)
     written = tuple(i for i, p in enumerate(mine) if p.is_written and not p.is_out)
-    if outs and written:
+    if (outs and written) or any(mine[i].is_tensor_list for i in (*outs, *written)):
         return None
     returns = len(base._schema.returns)
     if written:

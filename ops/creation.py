@@ -88,6 +88,7 @@ def one(index):
 
 
 def _fits(value: Any, dtype: torch.dtype) -> None:
+    _checked(dtype)
     if not isinstance(value, (int, float)):
         raise Decline(f"a fill value of type {type(value).__name__}")
     if not dtype.is_floating_point and dtype != torch.bool:

@@ -283,7 +283,9 @@ def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype
         kind = "fp64" if compute == torch.float64 else "fp32"
     else:
         kind = "i64"
-    return Operand(Num(index, kind, None, is_tensor), None, common if round_number else compute, compute)
+    # A fractional number among integers is cut off, as PyTorch casts it.
+    to_read = is_tensor or (value.__class__ is float and kind == "i64")
+    return Operand(Num(index, kind, None, to_read), None, common if round_number else compute, compute)
 
 
 @functools.cache
