@@ -282,11 +282,24 @@ def celu(self, alpha):
     return tl.where(self > 0, self, maths.expm1(self * (1 / alpha)) * alpha)
 
 
-@pointwise("aten.softplus.default", dtypes=FLOAT, flops=5)
+@triton.jit
+def _fast_softplus(self, beta, threshold):
+    t = self * beta
+    rest, _ = maths.fast_log1p_exp_negative(t)
+    return tl.where(t > threshold, self, (tl.maximum(t, 0.0) + rest) * (1 / beta))
+
+
+@triton.jit
+def _softplus(self, beta, threshold):
+    t = self * beta
+    rest, _ = maths.log1p_exp_negative(t)
+    return tl.where(t > threshold, self, (tl.maximum(t, 0.0) + rest) * (1 / beta))
+
+
+@pointwise("aten.softplus.default", dtypes=FLOAT, select=_by_width(_fast_softplus, _softplus), flops=5)
 @triton.jit
 def softplus(self, beta, threshold):
-    t = self * beta
-    return tl.where(t > threshold, self, maths.log1p(maths.exp(t)) / beta)
+    return _softplus(self, beta, threshold)
 
 
 @pointwise("aten.softplus_backward.default", dtypes=FLOAT, flops=5)
@@ -320,15 +333,23 @@ def mish_backward(grad_output, self):
     return grad_output * (t + self * slope)
 
 
+# tl.minimum drops a NaN, which the rest brings back.
 @triton.jit
 def _log_sigmoid(self):
-    return tl.where(self > 0, 0.0, self) - maths.log1p(maths.exp(-tl.abs(self)))
+    rest, _ = maths.log1p_exp_negative(self)
+    return tl.minimum(self, 0.0) - rest
+
+
+@triton.jit
+def _fast_log_sigmoid(self):
+    rest, _ = maths.fast_log1p_exp_negative(self)
+    return tl.minimum(self, 0.0) - rest
 
 
 @triton.jit
 def _log_sigmoid_and_buffer(self):
-    z = maths.exp(-tl.abs(self))
-    return tl.where(self > 0, 0.0, self) - maths.log1p(z), z
+    rest, z = maths.log1p_exp_negative(self)
+    return tl.minimum(self, 0.0) - rest, z
 
 
 @planned("aten.log_sigmoid_forward.default", dtype(*FLOAT), family="pointwise", kernel=_log_sigmoid)
@@ -338,7 +359,8 @@ def log_sigmoid_forward(call: Call) -> Plan:
     operands = [as_operand(call, 0, meta.dtype)]
     if call.target.device_type == "cpu":
         return build(call, _log_sigmoid_and_buffer, operands, [meta.dtype, meta.dtype], flops=6)
-    plan = build(call, _log_sigmoid, operands, [meta.dtype], flops=6)
+    function = _by_width(_fast_log_sigmoid, _log_sigmoid)(call)
+    plan = build(call, function, operands, [meta.dtype], flops=6)
     return plan._replace(allocs=(*plan.allocs, Alloc((0,), (1,), meta.dtype)), returns=(Out(0), Out(1)))
 
 
@@ -419,6 +441,16 @@ def _gelu_backward(grad_output, self):
 
 
 @triton.jit
+def _fast_gelu_backward(grad_output, self):
+    # With E = exp(-a**2 / 2) and E Q the normal distribution's tail beyond a = |x|: the slope at -a is E (Q - a / sqrt(2 pi)),
+    # and the slope at a is 1 less that.
+    a = tl.abs(self)
+    q = maths.polynomial(maths.fast_reciprocal(1 + 0.4 * a), maths.NORMAL_TAIL_16)
+    below = tl.exp2(-0.72134752044448170368 * a * a) * (q - 0.39894228040143267794 * a)
+    return grad_output * tl.where(self < 0, below, 1 - below)
+
+
+@triton.jit
 def _gelu_tanh_slope(self, s):
     # The derivative of x s with s = sigmoid(2 u), where s' = 2 s (1 - s) u'
     return s + self * (s * (1 - s)) * (1.5957691216057307118 + 0.21406444881780074633 * self * self)
@@ -437,7 +469,9 @@ def _fast_gelu_tanh_backward(grad_output, self):
 
 
 def _backward(call: Call) -> Any:
-    return _gelu_backward if call["approximate"] == "none" else _by_width(_fast_gelu_tanh_backward, _gelu_tanh_backward)(call)
+    if call["approximate"] == "none":
+        return _by_width(_fast_gelu_backward, _gelu_backward)(call)
+    return _by_width(_fast_gelu_tanh_backward, _gelu_tanh_backward)(call)
 
 
 @pointwise("aten.gelu_backward.default", dtypes=FLOAT, select=_backward, check=_known_approximation, flops=16)

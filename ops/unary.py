@@ -332,7 +332,21 @@ def log10(self):
     return tl.log(self) * 0.43429448190325182765
 
 
-@pointwise("aten.log1p.default", kind=INT_TO_FLOAT)
+@triton.jit
+def _log1p(self):
+    return maths.log1p(self)
+
+
+@triton.jit
+def _fast_log1p(self):
+    return maths.fast_log1p(self)
+
+
+def _log1p_by_width(call: Call) -> Any:
+    return _fast_log1p if call.args[0].dtype in (torch.float16, torch.bfloat16) else _log1p
+
+
+@pointwise("aten.log1p.default", kind=INT_TO_FLOAT, select=_log1p_by_width)
 @triton.jit
 def log1p(self):
     return maths.log1p(self)
