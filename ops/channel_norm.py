@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.ops.layout import output_strides
-from gemsmode.ops.norm import combine, looks_channels_last, optional, parameter_dtype, suggested_strides, sum_runs, welford
+from gemsmode.ops.norm import combine, finite, looks_channels_last, optional, parameter_dtype, suggested_strides, sum_runs, welford
 from gemsmode.ops.promotion import FLOAT, TRITON, opmath
 from gemsmode.ops.rows import INTERPRETED_BLOCK, LONGEST, Rows, is_wide, ladder, power_of_2, sizes_argument, split_rows, unravel, warps
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, contiguous_strides
@@ -62,9 +62,9 @@ def _channel_affine(h, weight, bias, o_channel, m_channel):
 
 
 @triton.jit
-def _group_statistics(p_in, i_split, splits, channels, spatial, c_stride, s_stride, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+def _group_statistics(p_in, shift, i_split, splits, channels, spatial, c_stride, s_stride, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
                       BLOCK_S: tl.constexpr):
-    """Count, mean and sum of squared deviations of every `splits`-th tile of a group."""
+    """Count, mean and sum of squared deviations of every `splits`-th tile of a group; the mean is relative to `shift`."""
     count = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     mean = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     square = tl.zeros([BLOCK_C, BLOCK_S], ACC)
@@ -72,20 +72,20 @@ def _group_statistics(p_in, i_split, splits, channels, spatial, c_stride, s_stri
         o_channel, o_spot, mask = _group_tile(t, channels, spatial, BLOCK_C, BLOCK_S)
         o = (o_channel * c_stride)[:, None] + (o_spot * s_stride)[None, :]
         x = tl.load(p_in + o, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
-        count, mean, square = welford(count, mean, square, x, mask)
+        count, mean, square = welford(count, mean, square, x - shift, mask)
     n, centre, deviation = combine(count, mean, square, 1)
     return combine(n, centre, deviation, 0)
 
 
 @triton.jit
-def _group_apply(p_to, p_in, weight, bias, mean, rstd, first, i_split, splits, channels, spatial, c_stride, s_stride, ACC: tl.constexpr,
-                 BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Write every `splits`-th tile of a group."""
+def _group_apply(p_to, p_in, weight, bias, shift, mean, rstd, first, i_split, splits, channels, spatial, c_stride, s_stride,
+                 ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Write every `splits`-th tile of a group; its mean is `shift + mean`."""
     for t in range(i_split, tl.cdiv(channels, BLOCK_C) * tl.cdiv(spatial, BLOCK_S), splits):
         o_channel, o_spot, mask = _group_tile(t, channels, spatial, BLOCK_C, BLOCK_S)
         o = (o_channel * c_stride)[:, None] + (o_spot * s_stride)[None, :]
         x = tl.load(p_in + o, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        y = _channel_affine((x - mean) * rstd, weight, bias, first + o_channel, o_channel < channels)
+        y = _channel_affine((x - shift - mean) * rstd, weight, bias, first + o_channel, o_channel < channels)
         tl.store(p_to + o, y.to(p_to.dtype.element_ty), mask=mask)
 
 
@@ -110,10 +110,12 @@ def group_norm_kernel(p_y, p_mean, p_rstd, p_x, weight, bias, eps, groups, chann
         tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=mask)
         mean = mean + rest
     else:
-        count, mean, square = _group_statistics(p_x + base, 0, 1, channels, spatial, c_stride, s_stride, ACC, BLOCK_C, BLOCK_S)
+        shift = finite(tl.load(p_x + base).to(ACC))
+        count, mean, square = _group_statistics(p_x + base, shift, 0, 1, channels, spatial, c_stride, s_stride, ACC, BLOCK_C, BLOCK_S)
         rstd = tl.rsqrt(square / count + tl.cast(eps, ACC))
-        _group_apply(p_y + base, p_x + base, weight, bias, mean, rstd, first, 0, 1, channels, spatial, c_stride, s_stride, ACC,
+        _group_apply(p_y + base, p_x + base, weight, bias, shift, mean, rstd, first, 0, 1, channels, spatial, c_stride, s_stride, ACC,
                      BLOCK_C, BLOCK_S)
+        mean = mean + shift
     tl.store(p_mean + i_unit, mean.to(p_mean.dtype.element_ty))
     tl.store(p_rstd + i_unit, rstd.to(p_rstd.dtype.element_ty))
 
@@ -126,7 +128,9 @@ def group_statistics_kernel(p_parts, p_x, groups, channels, spatial, n_stride, c
     i_split = tl.program_id(1)
     splits = tl.num_programs(1)
     base, _ = _group_base(i_unit, groups, channels, c_stride, n_stride, WIDE)
-    count, mean, square = _group_statistics(p_x + base, i_split, splits, channels, spatial, c_stride, s_stride, ACC, BLOCK_C, BLOCK_S)
+    shift = finite(tl.load(p_x + base).to(ACC))
+    count, mean, square = _group_statistics(p_x + base, shift, i_split, splits, channels, spatial, c_stride, s_stride, ACC,
+                                            BLOCK_C, BLOCK_S)
     p_part = p_parts + (i_unit * splits + i_split) * 3
     tl.store(p_part, count)
     tl.store(p_part + 1, mean)
@@ -147,11 +151,12 @@ def group_apply_kernel(p_y, p_mean, p_rstd, p_x, p_parts, weight, bias, eps, gro
     count, mean, square = combine(tl.load(p_part, mask=m_part, other=0.0), tl.load(p_part + 1, mask=m_part, other=0.0),
                                   tl.load(p_part + 2, mask=m_part, other=0.0), 0)
     rstd = tl.rsqrt(square / count + tl.cast(eps, ACC))
+    shift = finite(tl.load(p_x + base).to(ACC))
     if i_split == 0:
-        tl.store(p_mean + i_unit, mean.to(p_mean.dtype.element_ty))
+        tl.store(p_mean + i_unit, (mean + shift).to(p_mean.dtype.element_ty))
         tl.store(p_rstd + i_unit, rstd.to(p_rstd.dtype.element_ty))
-    _group_apply(p_y + base, p_x + base, weight, bias, mean, rstd, first, i_split, splits, channels, spatial, c_stride, s_stride, ACC,
-                 BLOCK_C, BLOCK_S)
+    _group_apply(p_y + base, p_x + base, weight, bias, shift, mean, rstd, first, i_split, splits, channels, spatial, c_stride, s_stride,
+                 ACC, BLOCK_C, BLOCK_S)
 
 
 @triton.jit
@@ -226,26 +231,28 @@ class ChannelTile:
     warps: int
 
 
-_WARPS = ((4096, 4), (8192, 8), (16384, 16), (1 << 30, 32))
-_STEP = 4096  # elements of a step where a group or channel takes several
+_WARPS = ((2048, 4), (8192, 8), (16384, 16), (1 << 30, 32))
+_STEP = 4096  # elements of a step where a group takes several: 16 a thread, each with three running values
 
 
-def choose_channels(channels: int, spots: int, channels_fast: bool, most: int, target: Target) -> ChannelTile:
-    """The tile of at most ``most`` elements; the fast dimension is served first."""
+def choose_channels(channels: int, spots: int, channels_fast: bool, step: int, itemsize: int, target: Target) -> ChannelTile:
+    """The tile of at most ``step`` elements of 4 bytes, half of 8; the fast dimension is served first."""
+    scale = itemsize // 4
+    most = INTERPRETED_BLOCK // 4 if target.interpreted else step // scale
     if channels_fast:
-        c = min(power_of_2(channels), 64 if not target.interpreted else most, most)
+        c = min(power_of_2(channels), most if target.interpreted else 64)
         s = min(power_of_2(spots), most // c)
     else:
         s = min(power_of_2(spots), most)
         c = min(power_of_2(channels), most // s)
-    return ChannelTile(c, s, ladder(_WARPS, c * s))
+    return ChannelTile(c, s, ladder(_WARPS, c * s * scale))
 
 
 def _group_whole(channels: int, spatial: int, itemsize: int, target: Target) -> ChannelTile | None:
     """The tile of a whole group, if it fits."""
     c, s = power_of_2(channels), power_of_2(spatial)
     limit = INTERPRETED_BLOCK if target.interpreted else LONGEST * 4 // itemsize
-    return ChannelTile(c, s, ladder(_WARPS, c * s)) if c * s <= limit else None
+    return ChannelTile(c, s, ladder(_WARPS, c * s * itemsize // 4)) if c * s <= limit else None
 
 
 def _splits(units: int, tiles: int, target: Target) -> int:
@@ -310,7 +317,7 @@ def group_norm(call: Call) -> Plan:
     sizes = (Size(groups), channels, spatial, *strides)
     constants = (("ACC", TRITON[acc]), ("WIDE", is_wide(x)))
     whole = _group_whole(channels, spatial, acc.itemsize, target)
-    tile = whole or choose_channels(channels, spatial, strides[1] == 1 and spatial > 1, _STEP * (4 if target.interpreted else 1), target)
+    tile = whole or choose_channels(channels, spatial, strides[1] == 1 and spatial > 1, _STEP, acc.itemsize, target)
     blocks = (("BLOCK_C", tile.channels), ("BLOCK_S", tile.spots))
     tiles = -(-channels // tile.channels) * -(-spatial // tile.spots)
     splits = 1 if whole else _splits(units, tiles, target)
@@ -362,7 +369,7 @@ def group_norm_backward(call: Call) -> Plan:
     allocs += [Alloc((samples * count,), (1,), acc)] * 2
     sizes = (Size(groups), channels, spatial, *strides)
     constants = (("ACC", TRITON[acc]), ("WIDE", is_wide(x)))
-    tile = choose_channels(channels, spatial, strides[1] == 1 and spatial > 1, _STEP * (4 if target.interpreted else 1), target)
+    tile = choose_channels(channels, spatial, strides[1] == 1 and spatial > 1, _STEP, acc.itemsize, target)
     blocks = (("BLOCK_C", tile.channels), ("BLOCK_S", tile.spots))
     launches = [Launch(group_sums_kernel, (units, -(-channels // tile.channels), 1),
                        (sums, sums_h, Arg(0), Arg(1), Arg(2), Arg(3), *sizes), (*constants, *blocks), warps(tile.warps, target))]
@@ -405,7 +412,7 @@ def channel_statistics_kernel(p_parts, p_x, n_channels, tiles, inner, outer, c_s
                               WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """Count, mean and sum of squared deviations of each program's share of its channels. Grid: blocks of channels, splits.
 
-    p_parts: [splits, 3, channels].
+    p_parts: [splits, 3, channels]; means are relative to the channel's first value.
     """
     i_split = tl.program_id(1)
     o_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -413,6 +420,7 @@ def channel_statistics_kernel(p_parts, p_x, n_channels, tiles, inner, outer, c_s
         o_channel = o_channel.to(tl.int64)
     m_channel = o_channel < n_channels
     p_in = p_x + (o_channel * c_stride)[:, None]
+    shift = finite(tl.load(p_in, mask=m_channel[:, None], other=0.0).to(ACC))
     count = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     mean = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     square = tl.zeros([BLOCK_C, BLOCK_S], ACC)
@@ -420,7 +428,7 @@ def channel_statistics_kernel(p_parts, p_x, n_channels, tiles, inner, outer, c_s
         o_spot, i_outer = _spots(t, inner, outer, BLOCK_S)
         mask = m_channel[:, None] & (o_spot < inner)[None, :]
         x = tl.load(p_in + _spot_offsets(o_spot, i_outer, outer, s_stride, strides, WIDE)[None, :], mask=mask, other=0.0).to(ACC)
-        count, mean, square = welford(count, mean, square, x, mask)
+        count, mean, square = welford(count, mean, square, x - shift, mask)
     n, centre, deviation = combine(count, mean, square, 1)
     p_part = p_parts + i_split * 3 * n_channels + o_channel
     tl.store(p_part, n, mask=m_channel)
@@ -450,19 +458,21 @@ def batch_norm_kernel(p_y, saved, running, updated, p_x, parts, weight, bias, mo
         count, mean, square = combine(tl.load(p_part, mask=m_part, other=0.0), tl.load(p_part + n_channels, mask=m_part, other=0.0),
                                       tl.load(p_part + 2 * n_channels, mask=m_part, other=0.0), 0)
         invstd = tl.rsqrt(square / count + tl.cast(eps, ACC))
+        shift = finite(tl.load(p_x + o_channel * c_stride, mask=m_channel, other=0.0).to(ACC))
     else:
+        shift = tl.zeros([BLOCK_C], ACC)
         mean = tl.load(running[0] + o_channel, mask=m_channel, other=0.0).to(ACC)
         invstd = tl.rsqrt(tl.load(running[1] + o_channel, mask=m_channel, other=1.0).to(ACC) + tl.cast(eps, ACC))
     if tl.program_id(1) == 0:
         if len(saved) == 2:
-            tl.store(saved[0] + o_channel, mean.to(saved[0].dtype.element_ty), mask=m_channel)
+            tl.store(saved[0] + o_channel, (mean + shift).to(saved[0].dtype.element_ty), mask=m_channel)
             tl.store(saved[1] + o_channel, invstd.to(saved[1].dtype.element_ty), mask=m_channel)
         if len(updated) == 2:
             old_mean = tl.load(running[0] + o_channel, mask=m_channel, other=0.0).to(ACC)
             old_variance = tl.load(running[1] + o_channel, mask=m_channel, other=0.0).to(ACC)
             if not COPY:
                 share = tl.cast(momentum, ACC)
-                old_mean = old_mean * (1.0 - share) + mean * share
+                old_mean = old_mean * (1.0 - share) + (mean + shift) * share
                 old_variance = old_variance * (1.0 - share) + square / (count - 1.0) * share
             tl.store(updated[0] + o_channel, old_mean.to(updated[0].dtype.element_ty), mask=m_channel)
             tl.store(updated[1] + o_channel, old_variance.to(updated[1].dtype.element_ty), mask=m_channel)
@@ -472,7 +482,7 @@ def batch_norm_kernel(p_y, saved, running, updated, p_x, parts, weight, bias, mo
         o_spot, i_outer = _spots(t, inner, outer, BLOCK_S)
         mask = m_channel[:, None] & (o_spot < inner)[None, :]
         x = tl.load(p_in + _spot_offsets(o_spot, i_outer, outer, s_stride, strides, WIDE)[None, :], mask=mask, other=0.0).to(ACC)
-        y = _channel_affine((x - mean[:, None]) * invstd[:, None], weight, bias, o_channel, m_channel)
+        y = _channel_affine((x - shift[:, None] - mean[:, None]) * invstd[:, None], weight, bias, o_channel, m_channel)
         tl.store(p_to + _spot_offsets(o_spot, i_outer, outer, ys_stride, y_strides, WIDE)[None, :], y.to(p_y.dtype.element_ty), mask=mask)
 
 
@@ -599,7 +609,7 @@ def _channels(x: TensorMeta, operands: list[tuple[int, ...]], target: Target) ->
     rows = split_rows(x.shape, [d for d in range(x.ndim) if d != 1], operands)
     channels, inner = x.shape[1], rows.column_sizes[0]
     fast = rows.row_strides[-1][0] == 1 and inner > 1 and rows.column_strides[-1][0] != 1
-    tile = choose_channels(channels, inner, fast, INTERPRETED_BLOCK if target.interpreted else 2048, target)
+    tile = choose_channels(channels, inner, fast, 2048, opmath(x.dtype).itemsize, target)
     tiles = -(-inner // tile.spots) * (rows.n_columns // inner)
     blocks = -(-channels // tile.channels)
     if target.interpreted:

@@ -9,7 +9,8 @@ weight norm: ``w = v * g / |v|`` over all dimensions but one; backward ``dg = su
 ``dv = g / |v| * (dw - v * sum(dw * v) / |v|^2)``.
 
 A row that fits in a block is read and written once; its variance is that of the centred values, centred twice. A longer one is read
-twice; each lane then keeps a running mean and sum of squares (Welford), which are combined at the end of the row.
+twice; each lane then keeps a running mean and sum of squares (Welford) of the differences from the row's first value,
+which are combined at the end of the row.
 
 The gradients of weights are sums over rows. Each program of the backward kernel walks through a run of rows, keeps
 their sum in registers and leaves it in a workspace; a second launch adds these up. Nothing is atomic, and the order of
@@ -65,7 +66,8 @@ from gemsmode.target import Target
 def welford(count, mean, square, x, mask):
     """The running count, mean and sum of squared deviations after the values `x`, lane by lane where `mask` holds."""
     count = count + mask.to(count.dtype)
-    delta = tl.where(mask, x - mean, 0.0)
+    # An infinite mean stays so: the difference from it would make it NaN.
+    delta = tl.where(mask, tl.where(tl.abs(mean) == float("inf"), x, x - mean), 0.0)
     mean = mean + delta / tl.maximum(count, 1.0)
     return count, mean, square + delta * (x - mean)
 
@@ -79,7 +81,14 @@ def combine(count, mean, square, axis: tl.constexpr):
     # A mean far from zero was rounded in that sum; the mean of what is left is exact.
     delta = mean - tl.expand_dims(centre, axis)
     rest = tl.sum(count * delta, axis=axis) / some
+    rest = tl.where(tl.abs(centre) < float("inf"), rest, 0.0)
     return total, centre + rest, tl.sum(square + count * delta * delta, axis=axis) - total * rest * rest
+
+
+@triton.jit
+def finite(shift):
+    """`shift`, or 0 where it is not finite. A row's first value, subtracted from all, keeps a mean far from zero exact."""
+    return tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
 
 
 @triton.jit
@@ -132,6 +141,9 @@ def norm_loop_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes
     """Rows longer than a block, read twice. Grid: blocks of rows."""
     o_row, _, m_row = locate(sizes, n_rows, BLOCK_R, True, WIDE)
     p_in = p_x + unravel(o_row, sizes, x_rows)[:, None]
+    shift = tl.zeros([BLOCK_R, 1], ACC)
+    if not RMS:
+        shift = finite(tl.load(p_in, mask=m_row[:, None], other=0.0).to(ACC))
     count = tl.zeros([BLOCK_R, BLOCK_N], ACC)
     lane_mean = tl.zeros([BLOCK_R, BLOCK_N], ACC)
     lane_square = tl.zeros([BLOCK_R, BLOCK_N], ACC)
@@ -142,14 +154,14 @@ def norm_loop_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes
         if RMS:
             lane_square += x * x
         else:
-            count, lane_mean, lane_square = welford(count, lane_mean, lane_square, x, mask)
+            count, lane_mean, lane_square = welford(count, lane_mean, lane_square, x - shift, mask)
     if RMS:
         mean = tl.zeros([BLOCK_R], ACC)
         square = tl.sum(lane_square, axis=1)
     else:
         _, mean, square = combine(count, lane_mean, lane_square, 1)
         if len(means) == 1:
-            tl.store(means[0] + o_row, mean.to(means[0].dtype.element_ty), mask=m_row)
+            tl.store(means[0] + o_row, (mean + tl.sum(shift, axis=1)).to(means[0].dtype.element_ty), mask=m_row)
     rstd = tl.rsqrt(square / n + tl.cast(eps, ACC))
     if len(rstds) == 1:
         tl.store(rstds[0] + o_row, rstd.to(rstds[0].dtype.element_ty), mask=m_row)
@@ -158,7 +170,7 @@ def norm_loop_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes
         m_column = o_column < n
         mask = m_row[:, None] & m_column[None, :]
         x = tl.load(p_in + unravel(o_column, columns, x_columns)[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        h = (x - mean[:, None]) * rstd[:, None]
+        h = (x - shift - mean[:, None]) * rstd[:, None]
         y = affine(h, weight, bias, unravel(o_column, columns, w_columns), unravel(o_column, columns, b_columns), m_column)
         tl.store(p_y + (o_row * n)[:, None] + o_column[None, :], y.to(p_y.dtype.element_ty), mask=mask)
 
@@ -336,7 +348,8 @@ class Runs:
     fused: bool = True
 
 
-_SUMMED = LONGEST // 2  # with two sums, a weight and two operands a lane, registers hold half as long a row
+_LONGEST_BACKWARD = 8192  # with two sums, a weight and two operands a lane, longer rows of 4 bytes an element spill
+_WARPS_BACKWARD = ((2048, 4), (4096, 8), (1 << 30, 16))
 _WARPS_A_MULTIPROCESSOR = 16
 
 
@@ -345,7 +358,7 @@ def choose_runs(rows: Rows, itemsize: int, sums: bool, target: Target) -> Runs:
     n, n_rows = rows.n_columns, rows.n_rows
     block_n = power_of_2(n)
     scale = itemsize // 4
-    longest = INTERPRETED_BLOCK if target.interpreted else (_SUMMED if sums else LONGEST) // scale
+    longest = INTERPRETED_BLOCK if target.interpreted else _LONGEST_BACKWARD // scale
     if block_n > longest:
         columns, block_r = (1024, 64) if target.interpreted else (128, 16)
         programs = 2 if target.interpreted else max(target.multiprocessors * 4 // -(-n // columns), 1)
@@ -355,7 +368,7 @@ def choose_runs(rows: Rows, itemsize: int, sums: bool, target: Target) -> Runs:
         return Runs(block_r, columns, 4, run, -(-n_rows // run), fused=False)
     budget = INTERPRETED_BLOCK if target.interpreted else 2048 // scale
     block_r = max(min(budget // block_n, power_of_2(n_rows)), 1)
-    width = ladder(WARPS, block_r * block_n * scale)
+    width = ladder(_WARPS_BACKWARD, block_r * block_n * scale)
     steps = -(-n_rows // block_r)
     programs = 2 if target.interpreted else target.multiprocessors * max(_WARPS_A_MULTIPROCESSOR // width, 1)
     count = min(programs, steps) if sums else steps
@@ -454,7 +467,7 @@ def _norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight: in
     acc = opmath(x.dtype)
     y = contiguous_strides(x.shape)
     rows = split_rows(x.shape, range(axis, x.ndim), [y, x.stride, _expanded(w, x, axis), _expanded(b, x, axis)])
-    tile = _whole_rows(choose_tile(rows, acc.itemsize, call.target), rows, call.target)
+    tile = _whole_rows(choose_tile(rows, acc.itemsize, call.target), rows, acc.itemsize, call.target)
     means = (Out(1),) if outs[1] is not None else ()
     rstds = (Out(len(allocs) - 1),) if outs[2] is not None else ()
     args = (Out(0), means, rstds, Arg(0), optional(w, Arg(weight or 0), metas), optional(b, Arg(bias or 0), metas), eps,
@@ -467,13 +480,14 @@ def _norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight: in
     return Plan(tuple(allocs), (step,), returns, metas, bytes=2 * x.numel * x.dtype.itemsize, flops=x.numel * 8)
 
 
-def _whole_rows(tile: Tile, rows: Rows, target: Target) -> Tile:
-    """``tile`` without what the norms do not use: rows split over programs, row dimensions kept apart."""
-    if tile.chunks:
-        fits = power_of_2(rows.n_columns) <= (INTERPRETED_BLOCK if target.interpreted else LONGEST // 2)
-        columns = power_of_2(rows.n_columns) if fits else LOOP_STEP
-        return Tile(1, columns, 4 if target.interpreted else ladder(WARPS, columns), not fits)
-    return tile
+def _whole_rows(tile: Tile, rows: Rows, itemsize: int, target: Target) -> Tile:
+    """``tile`` without what the norms do not use: rows split over programs."""
+    if not tile.chunks:
+        return tile
+    scale = itemsize // 4
+    fits = power_of_2(rows.n_columns) <= (INTERPRETED_BLOCK if target.interpreted else LONGEST // 2 // scale)
+    columns = power_of_2(rows.n_columns) if fits else LOOP_STEP // scale
+    return Tile(1, columns, ladder(WARPS, columns * scale), not fits)
 
 
 def _eps(call: Call, index: int, x: TensorMeta) -> Any:
@@ -507,8 +521,8 @@ def rms_norm(call: Call) -> Plan:
     x, weight = call["input"], call["weight"]
     if weight is not None and weight.dtype != x.dtype and torch.float64 in (x.dtype, weight.dtype):
         raise Decline("the weight's dtype is not the input's, and one is float64")
-    if looks_channels_last(x):
-        raise Decline("a channels_last input")
+    if looks_channels_last(x) or x.numel == 0:
+        raise Decline("a channels_last input, or an empty one")
     return _norm(call, _eps(call, 3, x), (x.dtype, None, None), 2, None, rms=True)
 
 
@@ -565,8 +579,8 @@ def _norm_backward(call: Call, mean: int | None, rstd: int, weight: int, mask: t
             (*constants, ("BLOCK_R", runs.rows), ("BLOCK_N", runs.columns)), warps(runs.warps, call.target)))
     else:
         if wants_dx:
-            tile = _whole_rows(choose_tile(rows, acc.itemsize, call.target), rows, call.target)
-            step = tile.columns if tile.loops else min(power_of_2(n), LOOP_STEP)
+            tile = _whole_rows(choose_tile(rows, acc.itemsize, call.target), rows, acc.itemsize, call.target)
+            step = min(tile.columns, power_of_2(n), LOOP_STEP * 4 // acc.itemsize)
             block_r = max(tile.rows, 1) if tile.loops else 1
             launches.append(Launch(
                 norm_backward_loop_kernel, (-(-rows.n_rows // block_r), 1, 1),
@@ -671,8 +685,8 @@ def _weight_rows(call: Call, v: TensorMeta, g: TensorMeta, operands: Sequence[tu
     rows = split_rows(v.shape, [d for d in range(v.ndim) if d != dim], operands)
     if len(rows.column_sizes) != 1:
         raise Decline("strides that do not merge into rows of one stride")
-    tile = choose_tile(rows, opmath(v.dtype).itemsize, call.target)
-    return rows, _whole_rows(tile, rows, call.target)
+    itemsize = opmath(v.dtype).itemsize
+    return rows, _whole_rows(choose_tile(rows, itemsize, call.target), rows, itemsize, call.target)
 
 
 def _row_constants(v: TensorMeta, tile: Tile, wide: bool) -> tuple[tuple[str, Any], ...]:

@@ -214,11 +214,9 @@ def choose_tile(rows: Rows, itemsize: int, target: Target) -> Tile:
         block_r = max(min(budget // block_n, power_of_2(n_rows)), 1)
         return Tile(block_r, block_n, ladder(WARPS, block_r * block_n * itemsize // 4))
     # The rows are the fast dimension: 64 of them side by side keep accesses coalesced.
-    if first < 16 and len(rows.row_sizes) > 1:
+    if first < 16 and len(rows.row_sizes) > 1 and block_n <= SMALL_TILE:
         block_r = max(min(SMALL_TILE // block_n, power_of_2(n_rows)), 1)
-        if block_n <= longest:
-            return Tile(block_r, block_n, ladder(WARPS, block_r * block_n * itemsize // 4))
-        return Tile(1, LOOP_STEP, 8, True)
+        return Tile(block_r, block_n, ladder(WARPS, block_r * block_n * itemsize // 4))
     side = min(64, power_of_2(first))
     if side * block_n <= longest // 2:
         block_r = max(min(SMALL_TILE // block_n, power_of_2(first)), side)
