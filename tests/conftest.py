@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["COLUMNS"] = "160"  # texts are compared, and a terminal's width would wrap them elsewhere
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # also where a GPU is present
     import torch
