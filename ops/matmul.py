@@ -201,7 +201,7 @@ ROWS: dict[str, tuple[tuple[int, tuple[Tile, ...]], ...]] = {
              (64, (Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)))),
     "tf32": ((16, (Tile(16, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4))),
              (32, (Tile(32, 64, 64, 4, 4),)),
-             (64, (Tile(64, 64, 32, 4, 4),))),
+             (64, (Tile(64, 128, 32, 4, 3),))),
     # float32 without tensor cores: a thread keeps rows * columns / threads sums in registers.
     "ieee": ((16, (Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 2, 3))),
              (32, (Tile(32, 64, 32, 4, 3),)),
@@ -214,7 +214,7 @@ ROWS: dict[str, tuple[tuple[int, tuple[Tile, ...]], ...]] = {
 
 LARGE: dict[str, tuple[Tile, ...]] = {
     "half": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
-    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 4)),
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 8, 3)),
     "ieee": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
     "f64": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 4)),
 }

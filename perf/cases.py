@@ -340,7 +340,7 @@ _matmul("baddbmm", "aten.baddbmm.default", "torch.baddbmm(c, a, b)", sized(B=128
 _matmul("dot", "aten.dot.default", "torch.dot(x, y)", sized(N=2**26), "f32", 0.97, "two long vectors", "2 * N", x=T("N"), y=T("N"),
         bytes="x + y")
 _matmul("outer", "aten.mul.Tensor", "torch.outer(x, y)", sized(M=8192, N=8192), "bf16", 0.97, "rank-1 matrix", "M * N", x=T("M"), y=T("N"),
-        bytes="x + y + out")
+        bytes="x + y + out", tiny=sized(M=64, N=64))
 
 
 def _attention(label: str, sizes: Mapping[str, int], goal: float, origin: str, arguments: str, flops: str, backward: bool = False) -> None:
