@@ -212,7 +212,7 @@ def entry(compiled: Any, spec: Spec) -> Entry | None:
 def hook_lists() -> tuple[Any, Any]:
     """The enter and exit hooks' lists, empty unless a profiler wants to see launches; plans look at them on each call."""
     runtime = triton.knobs.runtime
-    return tuple(getattr(hook, "calls", ()) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    return getattr(runtime.launch_enter_hook, "calls", ()), getattr(runtime.launch_exit_hook, "calls", ())
 
 
 def public_launch(compiled: Any, spec: Spec, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:

@@ -25,14 +25,14 @@ log = logging.getLogger("gemsmode")
 class Arg(NamedTuple):
     """The op's argument number ``index`` (item ``item`` of it, if it is a list), a tensor."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     item: int | None = None
 
 
 class Out(NamedTuple):
     """The plan's allocation number ``index``."""
 
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class At(NamedTuple):
@@ -45,7 +45,7 @@ class At(NamedTuple):
 class Into(NamedTuple):
     """The tensor number ``index`` of ``call.outs``: where a planner that writes to given tensors writes."""
 
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Num(NamedTuple):
@@ -55,7 +55,7 @@ class Num(NamedTuple):
     a 0-dim CPU tensor, read on the host, or a float that is cut off to an integer.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]
     dtype: str
     item: int | None = None
     from_tensor: bool = False

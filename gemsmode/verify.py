@@ -554,7 +554,7 @@ class Verifier:
                 return
             tally.failed += 1
             mismatch = Mismatch(str(trial.op), rule, outcome.problem, outcome.error_eps, outcome.error, outcome.allowed,
-                                number=tally.compared, args=trial.args, **about)
+                                number=tally.compared, args=trial.args, **about)  # type: ignore[arg-type]
             first = tally.failed == 1
             if first:
                 if kept is not None and self.reproducers is not None:

@@ -70,8 +70,8 @@ def _filled(call: Call, shape: tuple[int, ...], stride: tuple[int, ...], dtype: 
         raise Decline("PyTorch rejects it: a negative size")
     if value is not None:
         # A constant becomes a zero-weighted index: no argument to pass.
-        index = index_operand(shape, (0,) * len(shape), torch.int32)
-        return build(call, zero if value == 0 else one, [index], [_checked(dtype)], shape, stride)
+        position = index_operand(shape, (0,) * len(shape), torch.int32)
+        return build(call, zero if value == 0 else one, [position], [_checked(dtype)], shape, stride)
     compute = torch.float64 if dtype == torch.float64 else torch.float32 if dtype.is_floating_point else torch.int64
     number = Operand(Num(index, _scalar_kind(dtype)), None, compute, compute)
     return build(call, fill, [number], [_checked(dtype)], shape, stride)

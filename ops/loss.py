@@ -263,7 +263,7 @@ def _reduced(call: Call, function: Any, operands: Sequence[Operand], reduction: 
         launches.append(Launch(loss_finish_kernel, (1, 1, 1), (Out(0), Out(1), Size(share.programs), Size(n)),
                                (*common, ("BLOCK", 1024)), warps(4, call.target)))
     moved = sum([m.numel * m.dtype.itemsize for m in metas.values()])
-    return Plan(allocs, tuple(launches), Out(0), metas, bytes=moved, flops=n * 4)
+    return Plan(allocs, tuple(launches), Out(0), metas, bytes=moved, flops=n * 4)  # type: ignore[arg-type]
 
 
 _CHECKED = (cross_entropy, weighted_cross_entropy)
@@ -301,7 +301,7 @@ def _loss_backward(call: Call, function: Any, names: Sequence[str], common: torc
     if any(o.meta is None for o, n in zip(operands, names) if n not in ("beta", "delta")):
         raise Decline("a CPU tensor among the operands")
     count = self.numel if call["reduction"] == MEAN else 1
-    operands.append(Operand(Size(count), None, opmath(common), opmath(common)))
+    operands.append(Operand(Size(count), None, opmath(common), opmath(common)))  # type: ignore[arg-type]
     return build(call, function, operands, [self.dtype], shape=self.shape, out_stride=stride, flops=6, has_number=False)
 
 

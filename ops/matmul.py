@@ -253,7 +253,8 @@ def _tiles(tile: Tile, m: int, n: int) -> int:
 def choose_tile(m: int, n: int, k: int, batch: int, kind: str, itemsize: int, target: Target) -> tuple[Tile, int]:
     """The tile for a product of ``m`` rows and ``n >= m`` columns (or many of both), and the blocks of K in a part."""
     if target.interpreted:
-        tile = Tile(*(max(min(power_of_2(size), 128), 16) for size in (m, n, k)), 4, 1)
+        block_m, block_n, block_k = (max(min(power_of_2(size), 128), 16) for size in (m, n, k))
+        tile = Tile(block_m, block_n, block_k, 4, 1)
         wanted = 3 if _tiles(tile, m, n) * batch == 1 and k >= 2 * LEAST_K else 1
     else:
         if m <= FEW_ROWS:

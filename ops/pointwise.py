@@ -359,7 +359,7 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
     for out in out_metas:
         itemsize = max(itemsize, out.dtype.itemsize)
         moved += n * out.dtype.itemsize
-    refs: dict[Arg, TensorMeta] = {}
+    refs: dict[Any, TensorMeta] = {}
     for o in operands:
         meta, ref = o.meta, o.ref
         if meta is not None and ref is not None:
@@ -534,7 +534,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
             elif kind == BOOL_TO_LONG and common == torch.bool:
                 common = torch.int64
             result = torch.bool if kind == ALWAYS_BOOL else common
-            inner = opmath(common) if compute == "opmath" else common if compute == "result" else compute(common)
+            inner = opmath(common) if compute == "opmath" else common if isinstance(compute, str) else compute(common)
             chosen = function if select is None else select(call)
             operands = []
             for n in chosen.arg_names:

@@ -633,7 +633,7 @@ class Dims(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         return math.prod(self.sizes)
 
 
