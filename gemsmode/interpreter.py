@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -115,6 +116,11 @@ def _quicken() -> None:
         return scope
 
     interpreter._patch_lang = patch
+    # Every sum and product of narrow integers would be computed once more in 64 bits, for an assertion that compiled
+    # kernels leave out, too.
+    options = getattr(interpreter.interpreter_builder, "options", None)
+    if dataclasses.is_dataclass(options) and not isinstance(options, type) and hasattr(options, "sanitize_overflow"):
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 @functools.cache
