@@ -3,6 +3,7 @@
     pytest                    kernels run in Triton's interpreter, on the CPU; a few samples of each op and dtype
     pytest --device cuda      kernels run on the GPU
     pytest --ref cpu          float64 references are computed on the CPU
+    pytest --generated        also the tests generated from OpInfo and the declarations
     pytest --full             every sample, every dtype, every launch choice
 """
 
@@ -24,6 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where kernels run; cpu is Triton's interpreter (default)")
     group.addoption("--ref", choices=("cpu", "device"), default="device", help="where float64 references are computed")
     group.addoption("--full", action="store_true", help="every sample of every dtype, and every launch choice compiled")
+    group.addoption("--generated", action="store_true", help="also the tests generated from OpInfo and from the declarations")
+
+
+# Far over ten minutes on two cores in the interpreter: a GPU runs them by default, the interpreter when asked.
+_GENERATED = {"test_opinfo.py", "test_standing_samples.py", "test_compile.py"}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    asked = config.getoption("--generated") or config.getoption("--full") or config.getoption("--device") == "cuda"
+    return True if collection_path.name in _GENERATED and not asked else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
