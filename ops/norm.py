@@ -358,7 +358,8 @@ def choose_runs(rows: Rows, itemsize: int, sums: bool, target: Target) -> Runs:
     n, n_rows = rows.n_columns, rows.n_rows
     block_n = power_of_2(n)
     scale = itemsize // 4
-    longest = INTERPRETED_BLOCK if target.interpreted else _LONGEST_BACKWARD // scale
+    # A float64 takes two registers, and so do the intermediate values of its reciprocal: a quarter of the row fits.
+    longest = INTERPRETED_BLOCK if target.interpreted else _LONGEST_BACKWARD // scale**2
     if block_n > longest:
         columns, block_r = (1024, 64) if target.interpreted else (128, 16)
         programs = 2 if target.interpreted else max(target.multiprocessors * 4 // -(-n // columns), 1)
