@@ -121,6 +121,15 @@ def _rewrite(plan: Plan, order: Sequence[int], replaced: dict[int, Arg], into: S
                          returns=_map_refs(plan.returns, to) if returns is None else returns)
 
 
+def _rewrite_staged(plan: Plan, then: Callable[[list[int]], Plan], order: Sequence[int], arity: int) -> Plan:
+    """Both stages of ``plan`` in the arguments of a variant that has ``arity`` of them."""
+
+    def second(values: list[int]) -> Plan:
+        return _rewrite(then(values), (*order, *range(arity, arity + len(plan.allocs))), {}, (), None, {}, ())
+
+    return _rewrite(plan, order, {}, (), None, {}, ())._replace(then=second)
+
+
 def _byte_extent(meta: TensorMeta) -> int:
     return meta.extent * meta.dtype.itemsize
 
@@ -379,6 +388,9 @@ class OpHandler:
                     ) -> tuple[Plan, Callable[[Callable[..., Any]], Callable[..., Any]] | None]:
         rule, variant = candidate.rule, candidate.variant
         assert variant is not None
+        if plan.then is not None:
+            staged = _rewrite_staged(plan, plan.then, variant.order, len(args))
+            return staged, functools.partial(self._placing, variant) if variant.outs else None
         if not variant.outs:
             return _rewrite(plan, variant.order, {}, (), None, {}, plan.disjoint), None
         produced = _returned_outs(plan)
@@ -441,6 +453,26 @@ class OpHandler:
                 return self._failed(error, again.run, args)
 
         return resize
+
+    def _placing(self, variant: Variant, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Run into fresh tensors whose sizes are only then known, and copy the results where they belong."""
+
+        def run_and_place(*args: Any) -> Any:
+            results = run(*args)
+            results = (results,) if isinstance(results, torch.Tensor) else results
+            outs = [args[p] for p in variant.outs]
+            if any(r.dtype != o.dtype or (variant.inplace and r.shape != o.shape) or TensorMeta.of(o).may_overlap_itself
+                   for r, o in zip(results, outs)):
+                return self._refuse(*args)
+            for out, result in zip(outs, results):
+                if out.shape != result.shape:
+                    _resize_output(out, result.shape)
+                    if out.stride() != result.stride():
+                        out.as_strided_(result.shape, result.stride())
+                out.copy_(result)
+            return outs[0] if len(outs) == 1 else tuple(outs)
+
+        return run_and_place
 
     def _copying(self, positions: tuple[int, ...], run: Callable[..., Any]) -> Callable[..., Any]:
         """Run into fresh tensors and copy the results where they belong."""

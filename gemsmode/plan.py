@@ -157,6 +157,11 @@ class Plan(NamedTuple):
             be an input.
         bytes: bytes that the call must move, if stated.
         flops: floating-point operations of the call, if stated.
+        then: for results whose sizes depend on values: plans the rest once the host has read ``returns``, one int64
+            tensor, from the list of its values. In that second plan ``Arg(i)`` is the call's argument as before, and
+            ``Arg(arity + j)`` (``arity`` arguments in the op's schema) the first plan's allocation number ``j``. The
+            second plan says what is returned. Kept for the last few lists of values.
+        example: a list of values to call ``then`` with, for those who look at plans without running them.
     """
 
     allocs: tuple[Alloc, ...]
@@ -167,6 +172,8 @@ class Plan(NamedTuple):
     disjoint: tuple[Disjoint, ...] = ()
     bytes: int | None = None
     flops: int | None = None
+    then: Callable[[list[int]], Plan] | None = None
+    example: tuple[int, ...] = ()
 
 
 class Decline(Exception):
@@ -210,9 +217,10 @@ def _types(plan: Plan, args: tuple[Any, ...], aligned: bool) -> tuple[Any, ...]:
 
 
 def specs(plan: Plan, aligned: bool = True) -> list[Spec]:
-    """What each launch of ``plan`` has to be compiled for."""
-    return [Spec(step.kernel, _types(plan, step.args, aligned), step.constants, step.num_warps, step.num_stages, step.asserts)
-            for step in plan.launches]
+    """What each launch of ``plan`` has to be compiled for; of a plan in two stages, with the second for its example."""
+    found = [Spec(step.kernel, _types(plan, step.args, aligned), step.constants, step.num_warps, step.num_stages, step.asserts)
+             for step in plan.launches]
+    return found if plan.then is None else found + specs(plan.then(list(plan.example)), aligned)
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -257,6 +265,8 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
     Raises:
         Whatever Triton raises when a kernel does not compile or load.
     """
+    if plan.then is not None:
+        return _bind_staged(plan, plan.then, target, arity, native, device)
     empty = _allocator(target.device_type)
     if _poisoned:
         empty = _poisoned_empty(empty)
@@ -296,6 +306,35 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
     enter_hooks, exit_hooks = launch.hook_lists()
     return factory(empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, enter_hooks, exit_hooks,
                    public, unaligned, native, _number, _draw, target.device_type, *values)
+
+
+_MAX_SECOND_STAGES = 32
+
+
+def _bind_staged(plan: Plan, then: Callable[[list[int]], Plan], target: Target, arity: int, native: Callable[..., Any],
+                 device: int) -> Callable[..., Any]:
+    """Run ``plan``, read its result on the host, and run what ``then`` plans for the values read."""
+    assert plan.returns.__class__ is Out and not plan.disjoint
+    read = plan.returns.index
+    first = bind(plan._replace(returns=tuple([Out(j) for j in range(len(plan.allocs))]), then=None), target, arity, native, device)
+    stages: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def native_second(*args: Any) -> Any:
+        return native(*args[:arity])
+
+    def run(*args: Any) -> Any:
+        made = first(*args)
+        values = made[read].tolist()
+        key = tuple(values)
+        second = stages.get(key)
+        if second is None:
+            second = bind(then(values), target, arity + len(made), native_second, device)
+            if len(stages) >= _MAX_SECOND_STAGES:
+                stages.pop(next(iter(stages)), None)
+            stages[key] = second
+        return second(*args, *made)
+
+    return run
 
 
 _Ready = tuple["Callable[..., Callable[..., Any]] | None", "list[tuple[Spec, Any]]", Target]
