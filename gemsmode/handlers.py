@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from gemsmode import plan as plans_module
 from gemsmode.errors import RuleFailedError
-from gemsmode.native import computes, is_composite, native, native_in_order
+from gemsmode.native import communicates, computes, is_composite, native, native_in_order, numbers_of_host
 from gemsmode.plan import Arg, At, Decline, Disjoint, Into, Num, Out, Plan
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Candidate, Registry, short_name
@@ -46,8 +46,10 @@ class Decision(NamedTuple):
     """What happens to the calls of one signature.
 
     Attributes:
-        kind: ``"rule"``, ``"pass"`` (PyTorch's own), ``"view"`` (PyTorch's own, computes nothing), ``"composite"`` (taken
-            apart into other ops, which come back to the mode) or ``"error"`` (a rule failed; PyTorch's own runs).
+        kind: ``"rule"``, ``"pass"`` (PyTorch's own), ``"view"`` (PyTorch's own, computes nothing), ``"comm"``
+            (PyTorch's own, communication between processes), ``"host"`` (PyTorch's own, on 0-dim CPU tensors alone where kernels run
+            on another device), ``"composite"`` (taken apart into other ops, which come back to the mode) or ``"error"`` (a rule
+            failed; PyTorch's own runs).
         rule: the rule's name for ``"rule"`` and ``"error"``.
         reason: for the others, why, in words.
         considered: every rule looked at, in order.
@@ -243,7 +245,7 @@ class OpHandler:
         looked_at = (*self._refused, *considered)
         if self.composite:
             return Decided(Decision("composite", None, reason, looked_at), self._decompose)
-        kind = "pass" if self.computes else "view"
+        kind = "comm" if communicates(self.op) else "pass" if self.computes else "view"
         return Decided(Decision(kind, None, reason, looked_at), native_in_order(self.op) if in_order else native(self.op))
 
     def _decompose(self, *args: Any, **kwargs: Any) -> Any:
@@ -307,19 +309,19 @@ class OpHandler:
             return self.fixed
         device, reason = self._device(args)
         if reason:
-            return self._passing(reason)
+            passing = self._passing(reason)
+            if passing.decision.kind == "pass" and self.policy.target.device_type != "cpu" and numbers_of_host(args):
+                passing.decision = passing.decision._replace(kind="host")
+            return passing
         considered: list[Considered] = []
         for candidate, condition, taken in self._candidates:
             rule = candidate.rule
             try:
-                decided = self._try(candidate, condition, args, device, bind)
+                return self._try(candidate, condition, args, device, bind, (*self._refused, *considered, taken))
             except Decline as refusal:
                 considered.append(Considered(rule.name, rule.where, str(refusal)))
-                continue
             except Exception as error:
                 return self._fall_back(rule.name, error, considered)
-            decided.decision = decided.decision._replace(considered=(*self._refused, *considered, taken))
-            return decided
         reasons = dict.fromkeys(c.reason for c in considered)
         return self._passing("; ".join(reasons), considered)
 
@@ -327,6 +329,18 @@ class OpHandler:
         """The device index that all tensors share, or why the call passes through."""
         wanted = self.policy.target.device_type
         index: int | None = None
+        only = None
+        for a in args:
+            if a.__class__ is TensorMeta:
+                if only is None:
+                    only = a.device
+                elif a.device != only:
+                    break
+            elif a.__class__ is tuple:
+                break
+        else:
+            if only is not None and only.type == wanted and only.index is not None:
+                return only.index, ""
         tensors = [t for a in args for t in (a if a.__class__ is tuple else (a,)) if t.__class__ is TensorMeta]
         here = False
         for meta in tensors:
@@ -352,7 +366,8 @@ class OpHandler:
             index = torch.cuda.current_device()
         return index or 0, ""
 
-    def _try(self, candidate: Candidate, condition: Predicate | None, args: tuple[Any, ...], device: int, bind: bool) -> Decided:
+    def _try(self, candidate: Candidate, condition: Predicate | None, args: tuple[Any, ...], device: int, bind: bool,
+             considered: tuple[Considered, ...]) -> Decided:
         rule, variant, target = candidate.rule, candidate.variant, self.policy.target
         base_args = args if variant is None else tuple(args[i] for i in variant.order)
         call = Call(self.op if variant is None else variant.base, base_args, target)
@@ -369,11 +384,11 @@ class OpHandler:
                 raise Decline("a Python number in a tensor's place; a rule made with numbers=True takes it")
             if target.device_type != "cpu" and any(m.device.type == "cpu" for m in call.tensors):
                 raise Decline("a CPU scalar tensor among the arguments")
-            return Decided(Decision("rule", rule.name), self._simple(rule.implementation, variant))
+            return Decided(Decision("rule", rule.name, None, considered), self._simple(rule.implementation, variant))
         plan = rule.implementation(call)
         if target.device_type != "cpu" and any(m.device.type == "cpu" for m in plan.metas.values()):
             raise Decline("a CPU scalar tensor among the arguments")
-        decision = Decision("rule", rule.name, bytes=plan.bytes, flops=plan.flops)
+        decision = Decision("rule", rule.name, None, considered, plan.bytes, plan.flops)
         finish: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         if variant is not None:
             plan, finish = self._as_variant(plan, candidate, call, args)

@@ -104,10 +104,11 @@ class Alloc(NamedTuple):
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a contiguous tensor of ``shape``, as PyTorch gives them (sizes of 0 count as 1)."""
     strides, step = [], 1
-    for size in reversed(shape):
+    for size in shape[::-1]:
         strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+        if size:
+            step *= size
+    return tuple(strides[::-1])
 
 
 class Disjoint(NamedTuple):

@@ -57,7 +57,7 @@ class TensorMeta(NamedTuple):
     @property
     def is_contiguous(self) -> bool:
         expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride)):
+        for size, stride in zip(self.shape[::-1], self.stride[::-1]):
             if size != 1:
                 if stride != expected:
                     return self.numel == 0

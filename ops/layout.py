@@ -19,9 +19,11 @@ def broadcast_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     Raises:
         Decline: they do not broadcast (PyTorch then raises its own error).
     """
-    first = shapes[0] if shapes else ()
-    if all(s == first for s in shapes):
-        return first
+    if not shapes:
+        return ()
+    longest = max(shapes, key=len)
+    if all([s == longest[len(longest) - len(s):] for s in shapes]):
+        return longest
     result: list[int] = []
     for i in range(1, max(len(s) for s in shapes) + 1):
         size = 1
@@ -46,7 +48,7 @@ def broadcast_strides(meta: TensorMeta, shape: tuple[int, ...]) -> tuple[int, ..
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements fill a range of memory without gaps or overlap, in any order of dimensions."""
     step = 1
-    for stride, size in sorted((st, si) for st, si in zip(strides, shape) if si != 1):
+    for stride, size in sorted([(st, si) for st, si in zip(strides, shape) if si != 1]):
         if stride != step:
             return False
         step *= size
@@ -83,7 +85,7 @@ def _descends(strides: tuple[int, ...]) -> bool:
 def stride_order(shape: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> list[int]:
     """Dimensions from fastest to slowest, as ``TensorIterator`` sorts them by the operands' strides."""
     order = list(range(len(shape) - 1, -1, -1))
-    if all(_descends(strides) for strides in operands):
+    if all([_descends(strides) for strides in operands]):
         return order
 
     def compare(a: int, b: int) -> int:
@@ -113,9 +115,9 @@ def output_strides(shape: tuple[int, ...], inputs: Sequence[TensorMeta], has_num
 
     ``has_number``: a Python number is among the operands; it counts as a 0-dim tensor.
     """
-    if all(m.shape == shape for m in inputs) and (not has_number or not shape):
+    if all([m.shape == shape for m in inputs]) and (not has_number or not shape):
         first = inputs[0].stride if inputs else ()
-        if all(m.is_contiguous for m in inputs):
+        if all([m.is_contiguous for m in inputs]):
             return contiguous_strides(shape)
         last = channels_last_strides(shape)
         if last is not None and all(_matches(shape, m.stride, last) for m in inputs):
@@ -125,6 +127,8 @@ def output_strides(shape: tuple[int, ...], inputs: Sequence[TensorMeta], has_num
     expanded = [broadcast_strides(m, shape) for m in inputs if m.shape]
     if len(expanded) == 1 and expanded[0] == contiguous_strides(shape) and 0 not in shape:
         return expanded[0]
+    if all([_descends(strides) for strides in expanded]):
+        return contiguous_strides(shape)
     order = stride_order(shape, expanded)
     strides, step = [0] * len(shape), 1
     for d in order:
@@ -154,19 +158,19 @@ class Loops(NamedTuple):
 
 def merge(shape: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> Loops:
     """Sort the dimensions by the operands' strides, the first operand's (an output's) first, and merge what is one run."""
-    order = stride_order(shape, operands)
+    by_dimension = list(zip(*operands))
     sizes: list[int] = []
-    columns: list[list[int]] = []
-    for d in order:
+    columns: list[tuple[int, ...]] = []
+    for d in stride_order(shape, operands):
         size = shape[d]
         if size == 1:
             continue
-        column = [s[d] for s in operands]
-        if sizes and all(last * sizes[-1] == now for last, now in zip(columns[-1], column)):
+        column = by_dimension[d]
+        if sizes and column == tuple([step * sizes[-1] for step in columns[-1]]):
             sizes[-1] *= size
         else:
             sizes.append(size)
             columns.append(column)
     if not sizes:
-        sizes, columns = [1], [[1] * len(operands)]
-    return Loops(tuple(sizes), tuple(tuple(c[i] for c in columns) for i in range(len(operands))))
+        sizes, columns = [1], [(1,) * len(operands)]
+    return Loops(tuple(sizes), tuple(zip(*columns)))

@@ -30,7 +30,7 @@ import triton.language as tl
 from gemsmode.launch import Constants
 from gemsmode.ops.layout import Loops, broadcast_shape, broadcast_strides, is_dense, merge, output_strides
 from gemsmode.ops.promotion import ALL, TRITON, opmath, result_type
-from gemsmode.plan import Alloc, Arg, At, Decline, Into, Launch, Num, Out, Plan, Size, extent, stride
+from gemsmode.plan import Alloc, Arg, At, Decline, Into, Launch, Num, Out, Plan, Size, contiguous_strides, extent, stride
 from gemsmode.predicates import Predicate, dtype_name
 from gemsmode.registry import find_op, planned
 from gemsmode.signature import Call, TensorMeta, parameters
@@ -350,11 +350,14 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
             flat = all([m.stride == own and m.shape == shape for m in out_metas]) and is_dense(shape, own)
     else:
         if out_stride is None:
-            out_stride = output_strides(shape, tensors, has_number)
+            if alike and first.is_contiguous and (shape or not has_number):
+                out_stride, flat = contiguous_strides(shape), True
+            else:
+                out_stride = output_strides(shape, tensors, has_number)
         allocs = tuple([Alloc(shape, out_stride, d) for d in out_dtypes])
         outs = tuple([Out(i) for i in range(len(allocs))])
         out_metas = allocs
-        flat = (first.stride == out_stride if alike else not tensors) and is_dense(shape, out_stride)
+        flat = flat or ((first.stride == out_stride if alike else not tensors) and is_dense(shape, out_stride))
     moved, itemsize = 0, 1
     for out in out_metas:
         itemsize = max(itemsize, out.dtype.itemsize)
