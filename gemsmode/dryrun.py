@@ -44,7 +44,7 @@ from torch.utils.flop_counter import flop_registry
 
 from gemsmode.errors import DryRunError
 from gemsmode.handlers import Decision, OpHandler, _exotic
-from gemsmode.native import native
+from gemsmode.native import native, numbers_of_host
 from gemsmode.signature import TensorMeta, describe
 from gemsmode.target import INTERPRETER, Target, _from_name, current
 
@@ -367,6 +367,8 @@ class DryRun:
                 decision = self._decision(handler, bound, stands, decisions)
             if decision.kind == "composite":
                 return composite(*args, **kwargs)
+            if decision.kind == "pass" and not stands and self._device.type != "cpu" and numbers_of_host(bound):
+                decision = Decision("host")
             if decision.kind in ("rule", "pass") and tensors and not any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
                 self.on_real += 1
             elif stands and decision.kind in ("rule", "pass"):

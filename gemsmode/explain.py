@@ -37,6 +37,7 @@ class Explanation:
             d = self.decision
             verdict = {"rule": f"rule {d.rule!r} runs", "pass": f"passes through: {d.reason}",
                        "view": f"passes through (computes nothing): {d.reason}",
+                       "comm": f"passes through (communication): {d.reason}", "host": f"passes through (numbers on the host): {d.reason}",
                        "composite": f"is taken apart into other ops: {d.reason}", "error": f"rule {d.rule!r} fails: {d.reason}"}[d.kind]
             lines.append(f"  -> {verdict}")
         said = {c.rule: c.reason for c in self.decision.considered} if self.decision else {}

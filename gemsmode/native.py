@@ -8,7 +8,7 @@ dispatches to the same overload for every call (the tests check each entry).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -131,6 +131,31 @@ def computes(op: Any) -> bool:
         return True
     name = op._schema.name.partition("::")[2]
     return not (op.is_view or name in _METADATA_NAMES or op.namespace in ("prim", "prims", "profiler"))
+
+
+_COMMUNICATION = frozenset({"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "symm_mem"})
+
+
+@functools.cache
+def communicates(op: Any) -> bool:
+    """Whether ``op`` exchanges tensors between processes."""
+    return isinstance(op, OpOverload) and op.namespace in _COMMUNICATION
+
+
+def numbers_of_host(args: Iterable[Any]) -> bool:
+    """Whether every tensor among ``args`` (tensors, or what describes them) is a 0-dim CPU tensor: numbers that PyTorch keeps in tensors.
+
+    An optimizer's step counts are: on a GPU their ``_foreach_add_`` runs on the host, and is nothing that a kernel could replace.
+    """
+    found = False
+    for arg in args:
+        for item in arg if arg.__class__ in (list, tuple) else (arg,):
+            ndim = getattr(item, "ndim", None)
+            if ndim is not None:
+                if ndim or item.device.type != "cpu":
+                    return False
+                found = True
+    return found
 
 
 @functools.cache

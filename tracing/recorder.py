@@ -23,6 +23,7 @@ from torch.autograd import _get_sequence_nr
 from torch.utils._dtype_abbrs import dtype_abbrs
 
 from gemsmode.handlers import Decision
+from gemsmode.native import numbers_of_host
 from gemsmode.target import Target
 from gemsmode.tracing.clock import DeviceClock, Pending
 from gemsmode.tracing.modules import ModuleTracker, Place
@@ -38,6 +39,9 @@ MAX_ROWS = 20_000
 
 LISTED = 8
 """Tensors of a list argument (``cat``, ``_foreach_add``) whose shapes are part of a row's key."""
+
+_APART_BECAUSE = {"view": "a view, an allocation or metadata", "comm": "communication between processes",
+                  "host": "0-dim CPU tensors alone: numbers that PyTorch keeps on the host"}
 
 Token = tuple[Any, Any, int]
 _current_graph_task_id = torch._C._current_graph_task_id
@@ -124,6 +128,7 @@ class Recorder:
     def __init__(self, target: Target, dry: DryRun | None = None, verifier: Verifier | None = None) -> None:
         self.target = target if dry is None else dry.target
         self._dry, self._verifier = dry, verifier
+        self._has_host = self._dry is None and self.target.device_type != "cpu"
         self.timeline = Timeline()
         self.modules = ModuleTracker()
         self._clock = DeviceClock.of(self.target, self.timeline)
@@ -200,6 +205,8 @@ class Recorder:
         except AttributeError:
             buffer = self._new_buffer()
         module, phase = self._place(buffer.place)
+        if decision.kind == "pass" and self._has_host and numbers_of_host(args):
+            decision = Decision("host")
         try:
             shapes: Any = _shapes(args)
             key: Any = (id(op), decision.kind, decision.rule, decision.reason, decision.bytes, decision.flops, shapes, module, phase)
@@ -284,7 +291,7 @@ class Recorder:
         device_calls = sum(r.device_calls for r in rows)
         return Record(
             overload=str(first.op), decision=decision.kind, rule=decision.rule,
-            reason="a view, an allocation or metadata" if decision.kind == "view" else decision.reason,
+            reason=_APART_BECAUSE.get(decision.kind, decision.reason),
             inputs=inputs, dtypes=dtypes, module=first.module, phase=first.phase,
             calls=sum(r.calls for r in rows), host_s=sum(r.host_ns for r in rows) / 1e9,
             device_s=sum(r.device_ns for r in rows) / 1e9 if device_calls else None, device_calls=device_calls,

@@ -43,7 +43,14 @@ from gemsmode.tracing.files import MARKER, write
 from gemsmode.tracing.timeline import Timeline
 
 COMPUTE = ("rule", "pass", "error")
-"""Decisions about calls that compute; views, allocations and metadata are counted apart."""
+"""Decisions about calls that compute; what no kernel of a GPU could replace is counted apart: see :data:`APART`."""
+
+APART = {
+    "view": "Views, allocations, metadata",
+    "comm": "Communication between processes",
+    "host": "Numbers on the host",
+}
+"""The other decisions: PyTorch's own ran, and coverage is not of them."""
 
 FORMAT_VERSION = 1
 
@@ -54,7 +61,7 @@ class Record:
 
     Attributes:
         overload: ``aten.add.Tensor``.
-        decision: ``"rule"``, ``"pass"``, ``"view"`` or ``"error"``.
+        decision: ``"rule"``, ``"pass"`` or ``"error"``; ``"view"``, ``"comm"`` or ``"host"`` for what is counted apart.
         rule: the rule's name for ``"rule"`` and ``"error"``.
         reason: why no rule ran.
         inputs: the tensor arguments, as ``gemsmode explain`` takes them: ``f32[2,3]``; a list is ``[f32[2],...]x300``.

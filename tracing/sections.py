@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gemsmode.tracing.report import Check, Difference, Report, Row
+from gemsmode.tracing.report import APART, Check, Difference, Report, Row
 
 NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate", "host", "bytes", "flops", "compared", "failed", "eps",
                      "relative", "of tolerance"})
@@ -165,7 +165,7 @@ def sections(report: Report, by: str = "overload", limit: int | None = 20) -> li
     cost = _Cost.of(report)
     rows_by = "overload" if by == "module" else by
     found = [_verified(report, limit), _replaced(report, rows_by, limit, cost), _failed(report, limit),
-             _passed(report, rows_by, limit, cost), _views(report),
+             _passed(report, rows_by, limit, cost), *(_apart(report, kind, heading) for kind, heading in APART.items()),
              _modules(report, None if by == "module" else limit, None if by == "module" else 3, cost)]
     return [section for section in found if section is not None]
 
@@ -242,14 +242,14 @@ def _passed(report: Report, by: str, limit: int | None, cost: _Cost) -> Section 
     return Section("What to write next", "open", f"{_sum(report, rows)}, passed through to PyTorch", columns, table, left_out)
 
 
-def _views(report: Report) -> Section | None:
-    rows = sorted(report.rows("overload", ["view"]), key=lambda row: (-row.calls, row.label))
+def _apart(report: Report, kind: str, heading: str) -> Section | None:
+    rows = sorted(report.rows("overload", [kind]), key=lambda row: (-row.calls, row.label))
     if not rows:
         return None
     names = ", ".join(f"{short(row.label[0])} {row.calls}" for row in rows[:6]) + (", ..." if len(rows) > 6 else "")
     calls, host_s = sum(r.calls for r in rows), sum(r.host_s for r in rows)
     cost = "" if is_dry(report) else f"{seconds(host_s)} of host time, "
-    return Section("Views, allocations, metadata", "", f"{count(calls, 'call')}, {cost}not in the figures above: {names}")
+    return Section(heading, "", f"{count(calls, 'call')}, {cost}not in the figures above: {names}")
 
 
 def _modules(report: Report, limit: int | None, depth: int | None, cost: _Cost) -> Section | None:
