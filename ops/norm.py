@@ -12,6 +12,9 @@ A row that fits in a block is read and written once; its variance is that of the
 twice; each lane then keeps a running mean and sum of squares (Welford) of the differences from the row's first value,
 which are combined at the end of the row.
 
+A residual that is added first (the fused ops of ``fused.py``) is read beside the row; their sum is rounded to the result's
+dtype, normalized, and written if it is wanted. Its own gradient is added to ``dx`` where that is written.
+
 The gradients of weights are sums over rows. Each program of the backward kernel walks through a run of rows, keeps
 their sum in registers and leaves it in a workspace; a second launch adds these up. Nothing is atomic, and the order of
 the additions depends on the shape alone.
@@ -101,14 +104,22 @@ def affine(h, weight, bias, o_weight, o_bias, mask):
     return h
 
 
+@triton.jit
+def residual_added(x, skip, o_skip, mask, DTYPE: tl.constexpr):
+    """`x` plus the block of `skip` (unless that is empty) as rounded to DTYPE."""
+    if len(skip) == 1:
+        x = (x + tl.load(skip[0] + o_skip, mask=mask, other=0.0).to(x.dtype)).to(DTYPE).to(x.dtype)
+    return x
+
+
 # -- layer norm and RMS norm: kernels ----------------------------------------------------------------------------------
 
 
 @triton.jit
-def norm_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes, x_rows, columns, x_columns, w_columns,
-                b_columns, RMS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr,
-                BLOCK_N: tl.constexpr):
-    """Rows that fit in a block, read and written once. Grid: blocks of rows."""
+def norm_kernel(p_y, means, rstds, totals, p_x, skip, weight, bias, eps, n_rows, n, sizes, x_rows, skip_rows, columns,
+                x_columns, skip_columns, w_columns, b_columns, RMS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+                BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows that fit in a block, read and written once. `skip` is added first, and the sum left in `totals`. Grid: blocks of rows."""
     o_row, _, m_row = locate(sizes, n_rows, BLOCK_R, True, WIDE)
     o_column = column_range(0, BLOCK_N, WIDE)
     m_column = o_column < n
@@ -116,6 +127,11 @@ def norm_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes, x_r
     o_x = unravel(o_row, sizes, x_rows)[:, None] + unravel(o_column, columns, x_columns)[None, :]
     # [BLOCK_R, BLOCK_N]
     x = tl.load(p_x + o_x, mask=mask, other=0.0).to(ACC)
+    if len(skip) == 1:
+        o_skip = unravel(o_row, sizes, skip_rows)[:, None] + unravel(o_column, columns, skip_columns)[None, :]
+        x = residual_added(x, skip, o_skip, mask, p_y.dtype.element_ty)
+        if len(totals) == 1:
+            tl.store(totals[0] + (o_row * n)[:, None] + o_column[None, :], x.to(totals[0].dtype.element_ty), mask=mask)
     if not RMS:
         mean = tl.sum(x, axis=1) / n
         x = tl.where(mask, x - mean[:, None], 0.0)
@@ -135,15 +151,19 @@ def norm_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes, x_r
 
 
 @triton.jit
-def norm_loop_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes, x_rows, columns, x_columns, w_columns,
-                     b_columns, RMS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr,
-                     BLOCK_N: tl.constexpr):
-    """Rows longer than a block, read twice. Grid: blocks of rows."""
+def norm_loop_kernel(p_y, means, rstds, totals, p_x, skip, weight, bias, eps, n_rows, n, sizes, x_rows, skip_rows, columns,
+                     x_columns, skip_columns, w_columns, b_columns, RMS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+                     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows longer than a block, read twice. `skip` is added first, and the sum left in `totals`. Grid: blocks of rows."""
     o_row, _, m_row = locate(sizes, n_rows, BLOCK_R, True, WIDE)
     p_in = p_x + unravel(o_row, sizes, x_rows)[:, None]
+    o_skips = tl.zeros([BLOCK_R, 1], tl.int32)
+    if len(skip) == 1:
+        o_skips = unravel(o_row, sizes, skip_rows)[:, None]
     shift = tl.zeros([BLOCK_R, 1], ACC)
     if not RMS:
-        shift = finite(tl.load(p_in, mask=m_row[:, None], other=0.0).to(ACC))
+        shift = tl.load(p_in, mask=m_row[:, None], other=0.0).to(ACC)
+        shift = finite(residual_added(shift, skip, o_skips, m_row[:, None], p_y.dtype.element_ty))
     count = tl.zeros([BLOCK_R, BLOCK_N], ACC)
     lane_mean = tl.zeros([BLOCK_R, BLOCK_N], ACC)
     lane_square = tl.zeros([BLOCK_R, BLOCK_N], ACC)
@@ -151,6 +171,8 @@ def norm_loop_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes
         o_column = column_range(start, BLOCK_N, WIDE)
         mask = m_row[:, None] & (o_column < n)[None, :]
         x = tl.load(p_in + unravel(o_column, columns, x_columns)[None, :], mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
+        if len(skip) == 1:
+            x = residual_added(x, skip, o_skips + unravel(o_column, columns, skip_columns)[None, :], mask, p_y.dtype.element_ty)
         if RMS:
             lane_square += x * x
         else:
@@ -170,6 +192,10 @@ def norm_loop_kernel(p_y, means, rstds, p_x, weight, bias, eps, n_rows, n, sizes
         m_column = o_column < n
         mask = m_row[:, None] & m_column[None, :]
         x = tl.load(p_in + unravel(o_column, columns, x_columns)[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        if len(skip) == 1:
+            x = residual_added(x, skip, o_skips + unravel(o_column, columns, skip_columns)[None, :], mask, p_y.dtype.element_ty)
+            if len(totals) == 1:
+                tl.store(totals[0] + (o_row * n)[:, None] + o_column[None, :], x.to(totals[0].dtype.element_ty), mask=mask)
         h = (x - shift - mean[:, None]) * rstd[:, None]
         y = affine(h, weight, bias, unravel(o_column, columns, w_columns), unravel(o_column, columns, b_columns), m_column)
         tl.store(p_y + (o_row * n)[:, None] + o_column[None, :], y.to(p_y.dtype.element_ty), mask=mask)
@@ -185,12 +211,13 @@ def _normalized(x, means, p_rstd, o_row, m_row, ACC: tl.constexpr):
 
 
 @triton.jit
-def norm_backward_kernel(dx, dw, db, p_g, p_x, means, p_rstd, weight, n_rows, n, run, sizes, g_rows, x_rows, columns, g_columns,
-                         x_columns, w_columns, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+def norm_backward_kernel(dx, dw, db, p_g, p_x, added, means, p_rstd, weight, n_rows, n, run, sizes, g_rows, x_rows, added_rows,
+                         columns, g_columns, x_columns, added_columns, w_columns, ACC: tl.constexpr, WIDE: tl.constexpr,
+                         BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
     """A run of rows that fit in a block: dx, and the sums of g * h and g over the run, whichever are wanted.
 
     The next rows are loaded before the present ones are computed with. Grid: runs of `run` rows. `means` is empty for
-    RMS norm. dw and db are workspaces [runs, n].
+    RMS norm. `added` is a gradient that is added to dx. dw and db are workspaces [runs, n].
     """
     i_run = tl.program_id(0)
     if WIDE:
@@ -232,8 +259,12 @@ def norm_backward_kernel(dx, dw, db, p_g, p_x, means, p_rstd, weight, n_rows, n,
             result = v - h * (tl.sum(v * h, axis=1) / n)[:, None]
             if len(means) == 1:
                 result = result - (tl.sum(v, axis=1) / n)[:, None]
+            result = result * rstd
+            if len(added) == 1:
+                o_added = unravel(o_row, sizes, added_rows)[:, None] + unravel(o_column, columns, added_columns)[None, :]
+                result += tl.load(added[0] + o_added, mask=mask, other=0.0).to(ACC)
             p_dx = dx[0] + (o_row * n)[:, None] + o_column[None, :]
-            tl.store(p_dx, (result * rstd).to(dx[0].dtype.element_ty), mask=mask)
+            tl.store(p_dx, result.to(dx[0].dtype.element_ty), mask=mask)
     if len(dw) == 1:
         tl.store(dw[0] + i_run * n + o_column, tl.sum(sum_w, axis=0), mask=m_column)
     if len(db) == 1:
@@ -241,8 +272,9 @@ def norm_backward_kernel(dx, dw, db, p_g, p_x, means, p_rstd, weight, n_rows, n,
 
 
 @triton.jit
-def norm_backward_loop_kernel(dx, p_g, p_x, means, p_rstd, weight, n_rows, n, sizes, g_rows, x_rows, columns, g_columns, x_columns,
-                              w_columns, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+def norm_backward_loop_kernel(dx, p_g, p_x, added, means, p_rstd, weight, n_rows, n, sizes, g_rows, x_rows, added_rows, columns,
+                              g_columns, x_columns, added_columns, w_columns, ACC: tl.constexpr, WIDE: tl.constexpr,
+                              BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
     """dx of rows longer than a block, read twice. Grid: blocks of rows."""
     o_row, _, m_row = locate(sizes, n_rows, BLOCK_R, True, WIDE)
     p_gi = p_g + unravel(o_row, sizes, g_rows)[:, None]
@@ -274,8 +306,12 @@ def norm_backward_loop_kernel(dx, p_g, p_x, means, p_rstd, weight, n_rows, n, si
         result = v - h * mean_vh
         if len(means) == 1:
             result = result - mean_v
+        result = result * rstd
+        if len(added) == 1:
+            o_added = unravel(o_row, sizes, added_rows)[:, None] + unravel(o_column, columns, added_columns)[None, :]
+            result += tl.load(added[0] + o_added, mask=mask, other=0.0).to(ACC)
         p_dx = dx[0] + (o_row * n)[:, None] + o_column[None, :]
-        tl.store(p_dx, (result * rstd).to(dx[0].dtype.element_ty), mask=mask)
+        tl.store(p_dx, result.to(dx[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -451,14 +487,22 @@ def _expanded(meta: TensorMeta | None, x: TensorMeta, axis: int) -> tuple[int, .
     return (0,) * axis + meta.stride
 
 
-def _norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight: int | None, bias: int | None, rms: bool) -> Plan:
-    """Forward. ``outs``: dtypes of y, mean and rstd (None: not wanted); ``weight`` and ``bias``: their positions."""
+def plan_norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight: int | None, bias: int | None, rms: bool,
+              skip: int | None = None, total: bool = False) -> Plan:
+    """Forward. ``outs``: dtypes of y, mean and rstd (None: not wanted); ``weight``, ``bias``, ``skip``: their positions.
+
+    ``skip`` is a residual of the input's shape that is added first; ``total``: the sum is wanted, as the last result.
+    """
     x: TensorMeta = call["input"]
     axis = _axis(call, x)
     w, b = (None if i is None else call.args[i] for i in (weight, bias))
     statistics = (*x.shape[:axis], *(1,) * (x.ndim - axis))
-    shapes = (x.shape, statistics, statistics)
-    allocs = [Alloc(s, contiguous_strides(s), d) for s, d in zip(shapes, outs) if d is not None]
+    residual = None if skip is None else call.args[skip]
+    if residual is not None and residual.shape != x.shape:
+        raise Decline("a residual of another shape than the input's")
+    shapes = (x.shape, statistics, statistics, x.shape)
+    wanted = (*outs, outs[0] if total else None)
+    allocs = [Alloc(s, contiguous_strides(s), d) for s, d in zip(shapes, wanted) if d is not None]
     returns: Any = tuple([Out(i) for i in range(len(allocs))]) if len(allocs) > 1 else Out(0)
     metas: dict[Arg, TensorMeta] = {Arg(0): x}
     if x.numel == 0:
@@ -467,18 +511,22 @@ def _norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight: in
         return Plan(tuple(allocs), (), returns, metas, bytes=0, flops=0)
     acc = opmath(x.dtype)
     y = contiguous_strides(x.shape)
-    rows = split_rows(x.shape, range(axis, x.ndim), [y, x.stride, _expanded(w, x, axis), _expanded(b, x, axis)])
+    skips = () if skip is None else optional(residual, Arg(skip), metas)
+    more = [residual.stride] if residual is not None else []
+    rows = split_rows(x.shape, range(axis, x.ndim), [y, x.stride, _expanded(w, x, axis), _expanded(b, x, axis), *more])
     tile = _whole_rows(choose_tile(rows, acc.itemsize, call.target), rows, acc.itemsize, call.target)
     means = (Out(1),) if outs[1] is not None else ()
-    rstds = (Out(len(allocs) - 1),) if outs[2] is not None else ()
-    args = (Out(0), means, rstds, Arg(0), optional(w, Arg(weight or 0), metas), optional(b, Arg(bias or 0), metas), eps,
-            Size(rows.n_rows), rows.n_columns, sizes_argument(rows.row_sizes), rows.row_strides[1],
-            sizes_argument(rows.column_sizes), *rows.column_strides[1:])
-    constants = (("RMS", rms), ("ACC", TRITON[acc]), ("WIDE", is_wide(x, allocs[0].meta)), ("BLOCK_R", tile.rows),
+    rstds = (Out(1 + len(means)),) if outs[2] is not None else ()
+    totals = (Out(len(allocs) - 1),) if total else ()
+    skip_rows, skip_columns = (rows.row_strides[4], rows.column_strides[4]) if skips else ((), ())
+    args = (Out(0), means, rstds, totals, Arg(0), skips, optional(w, Arg(weight or 0), metas), optional(b, Arg(bias or 0), metas), eps,
+            Size(rows.n_rows), rows.n_columns, sizes_argument(rows.row_sizes), rows.row_strides[1], skip_rows,
+            sizes_argument(rows.column_sizes), rows.column_strides[1], skip_columns, *rows.column_strides[2:4])
+    constants = (("RMS", rms), ("ACC", TRITON[acc]), ("WIDE", is_wide(*metas.values(), allocs[0].meta)), ("BLOCK_R", tile.rows),
                  ("BLOCK_N", tile.columns))
     step = Launch(norm_loop_kernel if tile.loops else norm_kernel, (-(-rows.n_rows // tile.rows), 1, 1), args, constants,
                   warps(tile.warps, call.target))
-    return Plan(tuple(allocs), (step,), returns, metas, bytes=2 * x.numel * x.dtype.itemsize, flops=x.numel * 8)
+    return Plan(tuple(allocs), (step,), returns, metas, bytes=(2 + len(skips) + total) * x.numel * x.dtype.itemsize, flops=x.numel * 8)
 
 
 def _whole_rows(tile: Tile, rows: Rows, itemsize: int, target: Target) -> Tile:
@@ -503,7 +551,7 @@ def layer_norm(call: Call) -> Plan:
     x = call["input"]
     parameter = parameter_dtype(x, (call["weight"], call["bias"]), call.target)
     statistics = parameter if call.target.device_type == "cpu" else opmath(x.dtype)
-    return _norm(call, _eps(call, 4, x), (x.dtype, statistics, statistics), 2, 3, rms=False)
+    return plan_norm(call, _eps(call, 4, x), (x.dtype, statistics, statistics), 2, 3, rms=False)
 
 
 @planned("aten._fused_rms_norm.default", dtype(*FLOAT), family="norm", kernel=norm_kernel)
@@ -513,7 +561,7 @@ def fused_rms_norm(call: Call) -> Plan:
         raise Decline("the weight's dtype is not the input's")
     if looks_channels_last(x):
         raise Decline("a channels_last input")
-    return _norm(call, _eps(call, 3, x), (x.dtype, None, opmath(x.dtype)), 2, None, rms=True)
+    return plan_norm(call, _eps(call, 3, x), (x.dtype, None, opmath(x.dtype)), 2, None, rms=True)
 
 
 @planned("aten.rms_norm.default", dtype(*FLOAT), family="norm", kernel=norm_kernel)
@@ -524,16 +572,22 @@ def rms_norm(call: Call) -> Plan:
         raise Decline("the weight's dtype is not the input's, and one is float64")
     if looks_channels_last(x) or x.numel == 0:
         raise Decline("a channels_last input, or an empty one")
-    return _norm(call, _eps(call, 3, x), (x.dtype, None, None), 2, None, rms=True)
+    return plan_norm(call, _eps(call, 3, x), (x.dtype, None, None), 2, None, rms=True)
 
 
-def _norm_backward(call: Call, mean: int | None, rstd: int, weight: int, mask: tuple[bool, bool, bool], parameter: torch.dtype,
-                   arity: int) -> Plan:
-    """Backward; ``mean``, ``rstd`` and ``weight`` are positions; ``mask``: which of dx, dw and db are wanted."""
+def plan_norm_backward(call: Call, mean: int | None, rstd: int, weight: int, mask: tuple[bool, bool, bool], parameter: torch.dtype,
+                       arity: int, added: int | None = None) -> Plan:
+    """Backward; ``mean``, ``rstd``, ``weight`` and ``added`` are positions; ``mask``: which of dx, dw and db are wanted.
+
+    ``added``: a gradient of the input's shape and dtype that is added to dx.
+    """
     g, x, w = call["grad_out"], call["input"], call.args[weight]
     axis = _axis(call, x)
     if g.shape != x.shape or g.dtype != x.dtype:
         raise Decline("grad_out and input differ in shape or dtype")
+    more = None if added is None else call.args[added]
+    if more is not None and (more.shape != x.shape or more.dtype != x.dtype):
+        raise Decline("the gradient of the sum and the input differ in shape or dtype")
     wants_dx, wants_dw, wants_db = mask
     n = 1
     for size in x.shape[axis:]:
@@ -554,13 +608,16 @@ def _norm_backward(call: Call, mean: int | None, rstd: int, weight: int, mask: t
         return Plan(tuple(allocs), (), returns, metas, bytes=0, flops=0)
     acc = opmath(x.dtype)
     out = contiguous_strides(x.shape)
-    rows = split_rows(x.shape, range(axis, x.ndim), [out, g.stride, x.stride, _expanded(w, x, axis)])
+    rows = split_rows(x.shape, range(axis, x.ndim),
+                      [out, g.stride, x.stride, _expanded(w, x, axis), *([] if more is None else [more.stride])])
+    added_rows, added_columns = ((), ()) if more is None else (rows.row_strides[4], rows.column_strides[4])
     runs = choose_runs(rows, acc.itemsize, wants_dw or wants_db, call.target)
     means = () if mean is None else (Arg(mean),)
     for i in (mean, rstd):
         if i is not None:
             metas[Arg(i)] = call.args[i]
     weights = optional(w, Arg(weight), metas)
+    extra = () if added is None else optional(more, Arg(added), metas)
     spaces: list[Out | None] = [None, None]
     if wants_dw or wants_db:
         for i, wanted in enumerate((wants_dw, wants_db)):
@@ -568,15 +625,15 @@ def _norm_backward(call: Call, mean: int | None, rstd: int, weight: int, mask: t
                 spaces[i] = Out(len(allocs))
                 allocs.append(Alloc((runs.count * n,), (1,), acc))
     some_dx, some_dw, some_db = (() if r is None else (r,) for r in (results[0], *spaces))
-    wide = is_wide(g, x, *(a.meta for a in allocs))
+    wide = is_wide(g, x, *([] if more is None else [more]), *(a.meta for a in allocs))
     sizes, columns = sizes_argument(rows.row_sizes), sizes_argument(rows.column_sizes)
     constants = (("ACC", TRITON[acc]), ("WIDE", wide))
     launches: list[Launch] = []
     if runs.fused:
         launches.append(Launch(
             norm_backward_kernel, (runs.count, 1, 1),
-            (some_dx, some_dw, some_db, Arg(0), Arg(1), means, Arg(rstd), weights, Size(rows.n_rows), n, Size(runs.run), sizes,
-             *rows.row_strides[1:3], columns, *rows.column_strides[1:]),
+            (some_dx, some_dw, some_db, Arg(0), Arg(1), extra, means, Arg(rstd), weights, Size(rows.n_rows), n, Size(runs.run), sizes,
+             *rows.row_strides[1:3], added_rows, columns, *rows.column_strides[1:3], added_columns, rows.column_strides[3]),
             (*constants, ("BLOCK_R", runs.rows), ("BLOCK_N", runs.columns)), warps(runs.warps, call.target)))
     else:
         if wants_dx:
@@ -585,8 +642,8 @@ def _norm_backward(call: Call, mean: int | None, rstd: int, weight: int, mask: t
             block_r = max(tile.rows, 1) if tile.loops else 1
             launches.append(Launch(
                 norm_backward_loop_kernel, (-(-rows.n_rows // block_r), 1, 1),
-                (some_dx, Arg(0), Arg(1), means, Arg(rstd), weights, Size(rows.n_rows), n, sizes, *rows.row_strides[1:3], columns,
-                 *rows.column_strides[1:]),
+                (some_dx, Arg(0), Arg(1), extra, means, Arg(rstd), weights, Size(rows.n_rows), n, sizes, *rows.row_strides[1:3], added_rows,
+                 columns, *rows.column_strides[1:3], added_columns, rows.column_strides[3]),
                 (*constants, ("BLOCK_R", block_r), ("BLOCK_N", step)), warps(ladder(WARPS, block_r * step), call.target)))
         if wants_dw or wants_db:
             launches.append(Launch(
@@ -609,7 +666,7 @@ def layer_norm_backward(call: Call) -> Plan:
     statistics = parameter if call.target.device_type == "cpu" else opmath(x.dtype)
     if call["mean"].dtype != statistics or call["rstd"].dtype != statistics:
         raise Decline("PyTorch rejects it: saved statistics of another dtype than forward gives")
-    return _norm_backward(call, 3, 4, 5, mask, parameter, 3)
+    return plan_norm_backward(call, 3, 4, 5, mask, parameter, 3)
 
 
 @planned("aten._fused_rms_norm_backward.default", dtype(*FLOAT), family="norm", kernel=norm_backward_kernel)
@@ -620,7 +677,7 @@ def fused_rms_norm_backward(call: Call) -> Plan:
         raise Decline("the weight's dtype is not the input's")
     if call["rstd"].dtype != opmath(x.dtype):
         raise Decline("saved statistics of another dtype than forward gives")
-    return _norm_backward(call, None, 3, 4, (wants_dx, wants_dw and weight is not None, False), x.dtype, 2)
+    return plan_norm_backward(call, None, 3, 4, (wants_dx, wants_dw and weight is not None, False), x.dtype, 2)
 
 
 # -- weight norm -------------------------------------------------------------------------------------------------------
