@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from gemsmode import plan as plans_module
 from gemsmode.errors import RuleFailedError
-from gemsmode.native import communicates, computes, is_composite, native, native_in_order, numbers_of_host
+from gemsmode.native import REFERENCES, communicates, computes, is_composite, native, native_in_order, numbers_of_host
 from gemsmode.plan import Arg, At, Decline, Disjoint, Into, Num, Out, Plan
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Candidate, Registry, short_name
@@ -256,6 +256,9 @@ class OpHandler:
             return native(self.op)(*args, **kwargs)
         _push_on_torch_dispatch_stack(self.policy.reentry)
         try:
+            reference = REFERENCES.get(str(self.op))
+            if reference is not None:
+                return reference(*args, **kwargs)
             # Not `decompose`, which prefers decompositions written for tracing to what the op itself does.
             return self.op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         finally:

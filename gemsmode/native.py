@@ -90,10 +90,14 @@ BINDINGS: dict[str, Callable[..., Any]] = {
 }
 """``slice.Tensor``, ``alias`` and ``_unsafe_view`` have no binding of their own."""
 
+REFERENCES: dict[str, Callable[..., Any]] = {}
+"""By name, what an op of gemsmode's own (:mod:`gemsmode.custom`) does without a kernel: a function of other ops."""
+
 
 def native(op: Any) -> Callable[..., Any]:
     """The cheapest callable for ``op``, called as the op itself is."""
-    return BINDINGS.get(str(op)) or getattr(op, "_op", op)
+    name = str(op)
+    return BINDINGS.get(name) or REFERENCES.get(name) or getattr(op, "_op", op)
 
 
 @functools.cache
@@ -160,9 +164,11 @@ def numbers_of_host(args: Iterable[Any]) -> bool:
 
 @functools.cache
 def is_composite(op: Any) -> bool:
-    """Whether PyTorch implements ``op`` by other ops alone, so that it can be taken apart below autograd."""
+    """Whether ``op`` is implemented by other ops alone, so that it can be taken apart below autograd."""
     if not isinstance(op, OpOverload):
         return False
+    if str(op) in REFERENCES:
+        return True
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     try:
         return has(op.name(), "CompositeImplicitAutograd") and not any(has(op.name(), key) for key in ("CPU", "CUDA"))

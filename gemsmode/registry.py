@@ -244,7 +244,7 @@ class Registry:
         found = [(-rule.priority, 0, Candidate(rule, None)) for rule in self._by_op.get(op, ())]
         packet = functional_name(op._schema.name.partition("::")[2])
         for base in self._by_packet.get(packet, ()):
-            variant = variant_of(op, base) if base is not op else None
+            variant = variant_of(op, base) if base is not op and base.namespace == op.namespace else None
             if variant is None:
                 continue
             found += [(-rule.priority, 1 + len(variant.numbers), Candidate(rule, variant))
