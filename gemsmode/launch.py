@@ -178,11 +178,18 @@ class Entry(NamedTuple):
         before: the arguments after grid, stream and before the kernel's own.
         nested: True if the kernel's own arguments follow one by one, in the nesting of the kernel's parameters and
             with a placeholder for each constexpr; False if they are one flat tuple of run-time values.
+        scratch: bytes of device memory that each program needs (for tensor descriptors made on the device); its address
+            stands where ``before`` has :data:`SCRATCH`.
     """
 
     function: Callable[..., Any]
     before: tuple[Any, ...]
     nested: bool
+    scratch: int = 0
+
+
+SCRATCH = object()
+"""Stands for the address of a launch's scratch memory."""
 
 
 def entry(compiled: Any, spec: Spec) -> Entry | None:
@@ -191,8 +198,12 @@ def entry(compiled: Any, spec: Spec) -> Entry | None:
     if type(launcher).__name__ != "CudaLauncher" or not type(launcher).__module__.startswith("triton.backends.nvidia"):
         return None
     try:
-        if launcher.global_scratch_size or launcher.profile_scratch_size or launcher.launch_cooperative_grid:
+        if launcher.profile_scratch_size or launcher.launch_cooperative_grid:
             return None
+        scratch = launcher.global_scratch_size * launcher.num_ctas
+        if scratch and launcher.global_scratch_align > SCRATCH_ALIGNMENT:
+            return None
+        place = SCRATCH if scratch else None
         if getattr(launcher, "gsan_enabled", False):
             return None
         head = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
@@ -200,10 +211,10 @@ def entry(compiled: Any, spec: Spec) -> Entry | None:
             from triton.backends.nvidia import driver
 
             types = [t.removesuffix("D") for t in flat_types(spec.types) if t != "1"]
-            tail = (compiled.packed_metadata, None, None, None, None, None,
+            tail = (compiled.packed_metadata, None, None, None, place, None,
                     driver.annotate_arguments(types), driver.make_kernel_signature(types))
-            return Entry(launcher.launch, head + tail, nested=False)
-        return Entry(launcher.launch, (*head, None, None, compiled.packed_metadata, None, None, None), nested=True)
+            return Entry(launcher.launch, head + tail, False, scratch)
+        return Entry(launcher.launch, (*head, place, None, compiled.packed_metadata, None, None, None), True, scratch)
     except (AttributeError, TypeError) as error:
         log.warning("this Triton's launcher is not as expected (%s): launches take the slower public way", error)
         return None
@@ -215,12 +226,32 @@ def hook_lists() -> tuple[Any, Any]:
     return getattr(runtime.launch_enter_hook, "calls", ()), getattr(runtime.launch_exit_hook, "calls", ())
 
 
+SCRATCH_ALIGNMENT = 512
+"""What PyTorch's caching allocators align memory to."""
+
+
+def _scratch_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=torch.accelerator.current_accelerator())
+
+
 def public_launch(compiled: Any, spec: Spec, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
     """Launch through ``compiled[grid]`` (hooks, scratch memory and all)."""
     names, constexprs = _parameter_names(spec.kernel)
     constants = dict(spec.constants)
     given = iter(arguments)
-    compiled[grid](*(constants[n] if n in constexprs else next(given) for n in names))
+    values = [constants[n] if n in constexprs else next(given) for n in names]
+    if not getattr(compiled.run, "global_scratch_size", 0):
+        compiled[grid](*values)
+        return
+    # Triton asks an allocator that the program may have set for itself.
+    from triton.runtime import _allocation
+
+    before = _allocation._allocator.get()
+    triton.set_allocator(_scratch_memory)
+    try:
+        compiled[grid](*values)
+    finally:
+        triton.set_allocator(before)
 
 
 def interpreted_launch(spec: Spec, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:

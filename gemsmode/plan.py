@@ -151,13 +151,15 @@ class Plan(NamedTuple):
     Attributes:
         allocs: tensors to allocate, outputs and workspace.
         launches: kernels in order; none for an empty result.
-        returns: one reference (:class:`Out` or :class:`Arg`) or a tuple of references for several results.
+        returns: one reference (:class:`Out` or :class:`Arg`) or a tuple of references for several results; a
+            :class:`Size` returns that integer, None returns None.
         metas: the metadata of every tensor argument referred to, by reference.
         disjoint: pairs of arguments that must not share memory, checked on each call.
         elementwise: each output element depends on the input elements of the same index only, so that an output may
             be an input.
         bytes: bytes that the call must move, if stated.
         flops: floating-point operations of the call, if stated.
+        aligned: the kernels need tensors that start at multiples of 16 bytes; calls with others run natively.
         then: for results whose sizes depend on values: plans the rest once the host has read ``returns``, one int64
             tensor, from the list of its values. In that second plan ``Arg(i)`` is the call's argument as before, and
             ``Arg(arity + j)`` (``arity`` arguments in the op's schema) the first plan's allocation number ``j``. The
@@ -173,6 +175,7 @@ class Plan(NamedTuple):
     disjoint: tuple[Disjoint, ...] = ()
     bytes: int | None = None
     flops: int | None = None
+    aligned: bool = False
     then: Callable[[list[int]], Plan] | None = None
     example: tuple[int, ...] = ()
 
@@ -272,12 +275,15 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
     if _poisoned:
         empty = _poisoned_empty(empty)
     if target.interpreted:
-        return _bind_generic(plan, target.device_type, empty, native, [functools.partial(launch.interpreted_launch, s, step.grid)
+        run = _bind_generic(plan, target.device_type, empty, native, [functools.partial(launch.interpreted_launch, s, step.grid)
                                                    for s, step in zip(specs(plan), plan.launches)])
+        return _bind_checked(plan, run, native) if plan.aligned else run
     several_devices = torch.cuda.device_count() > 1
     returns = plan.returns
-    flat: list[Any] = [arity, device, id(target), ("list", *returns) if returns.__class__ is list else returns]
+    flat: list[Any] = [arity, device, id(target), plan.aligned]
     values: list[Any] = []
+    returned: list[Any] = []
+    flat.append(_walk_returns(returns, returned))
     for rule in plan.disjoint:
         flat.append(rule[:2] + rule[4:])
         values += rule[2:4]
@@ -292,12 +298,13 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         at_launch.append(len(values))
         values += step.grid
         _walk(plan, step.args, flat, values)
+    values += returned
     key = tuple(flat)
     ready = _ready.get(key)
     if ready is None:
         ready = _ready[key] = _make_ready(plan, target, arity, device, several_devices)
     factory, entries, _ = ready
-    unaligned = _Later(lambda: _bind_public(plan, target, device, empty, native, aligned=False))
+    unaligned = native if plan.aligned else _Later(lambda: _bind_public(plan, target, device, empty, native, aligned=False))
     public = _Later(lambda: _bind_public(plan, target, device, empty, native))
     if factory is None:
         return _bind_checked(plan, public, unaligned)
@@ -306,7 +313,7 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         values[position + 4:position + 4] = e.before
     enter_hooks, exit_hooks = launch.hook_lists()
     return factory(empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, enter_hooks, exit_hooks,
-                   public, unaligned, native, _number, _draw, target.device_type, *values)
+                   public, unaligned, native, _number, _draw, target.device_type, torch.uint8, *values)
 
 
 _MAX_SECOND_STAGES = 32
@@ -367,6 +374,17 @@ def _walk(plan: Plan, args: tuple[Any, ...], flat: list[Any], values: list[Any])
             values.append(value.elements * _ref_dtype(plan, value.ref).itemsize)
         else:
             flat.append(value)
+
+
+def _walk_returns(returns: Any, values: list[Any]) -> Any:
+    """What of the results the text depends on; the integers among them go to ``values``."""
+    cls = returns.__class__
+    if cls is Size:
+        values.append(returns.value)
+        return "n"
+    if cls is list:
+        return ("list", *[_walk_returns(r, values) for r in returns])
+    return tuple([_walk_returns(r, values) for r in returns]) if cls is tuple else returns
 
 
 def _make_ready(plan: Plan, target: Target, arity: int, device: int, several_devices: bool) -> _Ready:
@@ -529,17 +547,19 @@ def _argument(value: Any, names: _Names, keep_ones: bool) -> str:
     return "" if cls is int and value == 1 and not keep_ones else name + ", "
 
 
-def _returned(returns: Any) -> str:
+def _returned(returns: Any, names: _Names) -> str:
     if isinstance(returns, list):
-        return "[" + ", ".join(_returned(r) for r in returns) + "]"
+        return "[" + ", ".join(_returned(r, names) for r in returns) + "]"
     cls = returns.__class__
+    if cls is Size:
+        return names()
     if returns is None:
         return "None"
     if cls is Out:
         return f"out{returns.index}"
     if cls is Arg:
         return _at(returns)
-    return "(" + "".join(f"{_returned(r)}, " for r in returns) + ")"
+    return "(" + "".join(f"{_returned(r, names)}, " for r in returns) + ")"
 
 
 def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int, several_devices: bool) -> str:
@@ -565,18 +585,22 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
         lines.append(f"    q{i} = out{i}.data_ptr()")
     if plan.launches:
         lines.append("    stream = stream_of(device)")
-    for step, spec, e in zip(plan.launches, wanted, entries):
-        head = f"{names()}({names()}, {names()}, {names()}, stream, " + "".join(f"{names()}, " for _ in e.before)
+    for i, (step, spec, e) in enumerate(zip(plan.launches, wanted, entries)):
+        function, *grid = names(), names(), names(), names()
+        if e.scratch:
+            lines.append(f"    scratch{i} = empty(({' * '.join(grid)} * {e.scratch},), (1,), uint8)")
+        before = [f"scratch{i}.data_ptr()" if value is launch.SCRATCH else name for name, value in [(names(), b) for b in e.before]]
+        head = f"{function}({', '.join((*grid, 'stream', *before))}, "
         if e.nested:
             runtime, _ = launch.split_parameters(spec.kernel)
             by_name = {n: _argument(v, names, True) for n, v in zip(runtime, step.args)}
             lines.append(f"    {head}{''.join(by_name.get(n, 'None, ') for n in spec.kernel.arg_names)})")
         else:
             lines.append(f"    {head}({''.join(_argument(v, names, False) for v in step.args)}))")
-    lines.append(f"    return {_returned(plan.returns)}")
+    lines.append(f"    return {_returned(plan.returns, names)}")
     values = "".join(f", v{i}" for i in range(names.count))
     given = ("empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number, draw, "
-             f"device_type{values}")
+             f"device_type, uint8{values}")
     return (f"def make({given}):\n"
             + "".join(f"    {line}\n" for line in lines) + "    return run\n")
 

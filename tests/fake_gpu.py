@@ -64,6 +64,7 @@ class FakeGpu:
         public: launches through the public way.
         current_device: as ``torch.cuda.current_device()``.
         runs_kernels: set it to False where only what is passed matters.
+        scratch: bytes of scratch memory that each program of a kernel compiled from now on asks for.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, convention: str, registry: Registry = default, devices: int = 1) -> None:
@@ -72,6 +73,7 @@ class FakeGpu:
         self.launches: list[tuple[tuple[int, int, int], int, tuple[Any, ...]]] = []
         self.public = self.current_device = 0
         self.runs_kernels = True
+        self.scratch = 0
         self._live: list[torch.Tensor] = []
         self._kernels: dict[Any, Compiled] = {}
         patch = monkeypatch.setattr
@@ -125,7 +127,7 @@ class FakeGpu:
     # -- launchers -----------------------------------------------------------------------------------------------------
 
     def launcher(self, spec: launch.Spec) -> Any:
-        metadata = SimpleNamespace(num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
+        metadata = SimpleNamespace(num_ctas=1, global_scratch_size=self.scratch, global_scratch_align=128, profile_scratch_size=0,
                                    profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False)
         if self.convention == "flat":
             from triton.backends.nvidia.driver import CudaLauncher
@@ -189,7 +191,13 @@ class FakeGpu:
     def _run(self, grid: tuple[int, int, int], stream: int, function: Any, head: Any, hooks: Any, scratch: Any,
              values: tuple[Any, ...]) -> None:
         _, spec, device = function
-        assert head == (False, False, ("packed metadata",)) and scratch == (None, None)
+        assert head == (False, False, ("packed metadata",))
+        assert scratch[1] is None
+        if self.scratch and not self._public:
+            self._memory(scratch[0] + grid[0] * grid[1] * grid[2] * self.scratch - 1, "*u8")
+            assert scratch[0] % 16 == 0
+        else:
+            assert scratch[0] is None
         assert stream == self.stream(device)
         if self._public:
             assert hooks[0] == "launch metadata"

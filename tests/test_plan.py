@@ -183,8 +183,33 @@ def test_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert streams == [0] and len(another.launches) == 1  # asked for on each call
 
 
-def test_a_launcher_with_scratch_memory_takes_the_public_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    for attribute in ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid"):
+@pytest.mark.parametrize("convention", ["flat", "nested"])
+def test_scratch_memory_for_all_programs_is_passed(convention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = make(convention, monkeypatch)
+    gpu.scratch = 384
+    torch.testing.assert_close(gpu.call("exp", X), X.exp())
+    assert len(gpu.launches) == 1 and not gpu.public
+
+
+@pytest.mark.parametrize("convention", ["flat", "nested", "public"])
+def test_integers_and_none_among_the_results(convention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Registry("integers")
+    served = registry.default.candidates(find_op("exp"))[0].rule.implementation
+
+    @planned("aten.exp.default", family="test", registry=mine)
+    def exp(call: Call) -> Plan:
+        made = served(call)
+        return made._replace(returns=(Out(0), Size(call.args[0].shape[0]), None, Size(-7)))
+
+    gpu = FakeGpu(monkeypatch, convention, mine)
+    for x in (X, torch.randn(5)):
+        result, rows, nothing, number = gpu.call("exp", x)
+        torch.testing.assert_close(result, x.exp())
+        assert (rows, nothing, number) == (len(x), None, -7)
+
+
+def test_a_launcher_with_profiler_scratch_memory_takes_the_public_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    for attribute in ("profile_scratch_size", "launch_cooperative_grid"):
         gpu = make("nested", monkeypatch)
         launcher = gpu.launcher(launch.Spec(None, (), ()))
         monkeypatch.setattr(type(launcher), attribute, 1, raising=False)
