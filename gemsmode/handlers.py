@@ -12,7 +12,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
@@ -27,6 +27,9 @@ from gemsmode.registry import Candidate, Registry, short_name
 from gemsmode.selectors import Selection, Selector
 from gemsmode.signature import NUMBERS, Call, TensorMeta, Unkeyable, Variant, describe, make_functions, parameters
 from gemsmode.target import Target, current
+
+if TYPE_CHECKING:
+    from gemsmode.choice import Choice, Chooser
 
 log = logging.getLogger("gemsmode")
 
@@ -55,6 +58,7 @@ class Decision(NamedTuple):
         considered: every rule looked at, in order.
         bytes: bytes that a call must move, where the rule states it.
         flops: floating-point operations of a call, where the rule states it.
+        choice: what rule and native cost, where ``prefer="fastest"`` has chosen between them.
     """
 
     kind: str
@@ -63,15 +67,18 @@ class Decision(NamedTuple):
     considered: tuple[Considered, ...] = ()
     bytes: int | None = None
     flops: int | None = None
+    choice: Choice | None = None
 
 
 class Decided:
     """A decision with the function that carries it out on the op's arguments, given in order."""
 
-    __slots__ = ("decision", "plan", "run")
+    __slots__ = ("decision", "plan", "provisional", "run")
 
     def __init__(self, decision: Decision, run: Callable[..., Any], plan: Plan | None = None) -> None:
         self.decision, self.run = decision, run
+        self.provisional = False
+        """Whether the next call of the signature is to decide again (it could not be timed now)."""
         self.plan = plan
         """Kept only where it was not bound: a thousand plans would slow every garbage collection down."""
 
@@ -148,11 +155,12 @@ class Policy:
         deny: what it selects is never replaced.
         strict: raise when a rule fails instead of falling back.
         target: what kernels run on; defaults to this process's.
+        chooser: if not None, it decides between a rule and the native op.
     """
 
     def __init__(self, registry: Registry, allow: Selection | Selector = None, deny: Selection | Selector = None, strict: bool = False,
-                 target: Target | None = None) -> None:
-        self.registry, self.strict = registry, strict
+                 target: Target | None = None, chooser: Chooser | None = None) -> None:
+        self.registry, self.strict, self.chooser = registry, strict, chooser
         self.target = target or current()
         self.allow = allow if allow is None or isinstance(allow, Selector) else Selector(allow, registry)
         self.deny = deny if deny is None or isinstance(deny, Selector) else Selector(deny, registry)
@@ -217,7 +225,8 @@ class OpHandler:
         why = "no rule" if not candidates else "; ".join(dict.fromkeys(c.reason for c in self._refused))
         if self._candidates:
             rules = [c.rule for c, _, _ in self._candidates]
-            state = dict.fromkeys((*(s for r in rules for s in r.state), *self._current_device()))
+            chosen_by = () if policy.chooser is None else (torch.are_deterministic_algorithms_enabled,)
+            state = dict.fromkeys((*(s for r in rules for s in r.state), *self._current_device(), *chosen_by))
             try:
                 self.functions = make_functions(
                     op, self._plans, self._miss, self._failed, frozenset().union(*(r.by_value for r in rules)),
@@ -274,7 +283,7 @@ class OpHandler:
         except Exception:
             return self._passing(_exotic(args) or "its metadata cannot be read")
         found = self.decided.get(key)
-        return found if found is not None else self._decide(key, args)
+        return found if found is not None and not found.provisional else self._decide(key, args)
 
     def _key(self, args: tuple[Any, ...]) -> tuple:
         assert self.functions is not None
@@ -286,7 +295,7 @@ class OpHandler:
         if key is None:
             return self.lookup(args).run
         found = self.decided.get(key)
-        return (found if found is not None else self._decide(key, args)).run
+        return (found if found is not None and not found.provisional else self._decide(key, args)).run
 
     def _decide(self, key: tuple, args: tuple[Any, ...]) -> Decided:
         with self._lock:
@@ -294,12 +303,15 @@ class OpHandler:
                 # Not kept: a plain tensor of the same metadata has the same key.
                 return self._passing(exotic)
             decided = self.decide(tuple([describe(a) for a in args]))
-            if len(self._plans) >= MAX_PLANS:
-                oldest = next(iter(self._plans))
+            if self.policy.chooser is not None and decided.decision.kind == "rule":
+                decided = self.policy.chooser.choose(self, args, decided)
+            if len(self.decided) >= MAX_PLANS:
+                oldest = next(iter(self.decided))
                 self._plans.pop(oldest, None)
                 self.decided.pop(oldest, None)
             self.decided[key] = decided
-            self._plans[key] = decided.run
+            if not decided.provisional:
+                self._plans[key] = decided.run
         if log.isEnabledFor(logging.DEBUG):
             d = decided.decision
             log.debug("%s(%s): %s", short_name(self.op), ", ".join(str(describe(a)) for a in args),

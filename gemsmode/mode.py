@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from gemsmode import registry as registry_module
+from gemsmode.choice import as_chooser
 from gemsmode.handlers import OpHandler, Policy
 from gemsmode.native import native
 from gemsmode.registry import Registry
@@ -30,6 +31,7 @@ from gemsmode.target import current
 if TYPE_CHECKING:
     import os
 
+    from gemsmode.choice import Chooser
     from gemsmode.dryrun import DryRun
     from gemsmode.target import Target
     from gemsmode.tracing import Recorder, Report
@@ -74,11 +76,11 @@ _shared: dict[Any, tuple[Policy, _Table]] = {}
 _MAX_SHARED = 32
 
 
-def _options_key(registry: Registry, allow: Selection, deny: Selection, strict: bool) -> Any:
+def _options_key(registry: Registry, allow: Selection, deny: Selection, strict: bool, chooser: Chooser | None) -> Any:
     def normal(selection: Selection) -> Any:
         return tuple(selection.items()) if isinstance(selection, Mapping) else selection
 
-    return registry.name, id(registry), registry.state(), normal(allow), normal(deny), strict, current()
+    return registry.name, id(registry), registry.state(), normal(allow), normal(deny), strict, chooser, current()
 
 
 class GemsMode(TorchDispatchMode):
@@ -113,6 +115,9 @@ class GemsMode(TorchDispatchMode):
         on_mismatch: with ``verify``: ``"warn"``, ``"raise"`` (:class:`~gemsmode.errors.MismatchError`) or a function that is
             given the :class:`~gemsmode.verify.Mismatch`.
         reproducers: with ``verify``: a folder to write each rule's first mismatch to, with a script that shows it.
+        prefer: ``"rules"``: a rule runs wherever one serves; ``"fastest"``: the first call of each signature times the rule and
+            PyTorch's own, and the faster one runs from then on, in later processes too. See :mod:`gemsmode.choice`, whose
+            :class:`~gemsmode.choice.Chooser` may be given instead.
 
     Raises:
         UnknownOpError: a name in ``allow`` or ``deny`` that selects nothing; the message lists the nearest names.
@@ -134,16 +139,20 @@ class GemsMode(TorchDispatchMode):
 
     def __init__(self, allow: Selection = None, deny: Selection = None, trace: bool = False, strict: bool = False,
                  registry: Registry | None = None, *, dry_run: bool | str | Target = False, verify: bool = False,
-                 on_mismatch: str | Callable[[Mismatch], Any] = "warn", reproducers: str | os.PathLike[str] | None = None) -> None:
+                 on_mismatch: str | Callable[[Mismatch], Any] = "warn", reproducers: str | os.PathLike[str] | None = None,
+                 prefer: str | Chooser | None = None) -> None:
         super().__init__()
         load_ops()
+        self._chooser = as_chooser(prefer)
         self._registry = registry if registry is not None else registry_module.default
         allow, deny = as_names(allow), as_names(deny)
-        self._options = allow, deny, strict
+        self._options = allow, deny, strict, self._chooser
         self._selectors = tuple(None if s is None else Selector(s, self._registry) for s in (allow, deny))
         self.recorder: Recorder | None = None
         if dry_run and verify:
             raise ValueError("a dry run has no results to verify; ask for one of the two")
+        if dry_run and self._chooser is not None:
+            raise ValueError("a dry run runs nothing that prefer='fastest' could time; ask for one of the two")
         if dry_run:
             from gemsmode.dryrun import DryRun
 
@@ -179,7 +188,7 @@ class GemsMode(TorchDispatchMode):
 
     def _new_policy(self) -> Policy:
         allow, deny = self._selectors
-        return Policy(self._registry, allow, deny, self._options[2], None if self._dry is None else self._dry.target)
+        return Policy(self._registry, allow, deny, self._options[2], None if self._dry is None else self._dry.target, self._chooser)
 
     def rules_changed(self) -> None:
         """A rule was added or removed: what was decided holds no more. The next call decides anew, inside a block too."""
@@ -216,6 +225,7 @@ class GemsMode(TorchDispatchMode):
 
     _dry: DryRun | None = None
     _verifier: Verifier | None = None
+    _chooser: Chooser | None = None
 
     def _among_others(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """A call with tensor subclasses in it, or with other modes below this one."""
@@ -300,6 +310,8 @@ class GemsMode(TorchDispatchMode):
         outer = blocks.pop(i).outer
         if self.recorder is not None:
             self.recorder.leave(exc_value)
+        if self._chooser is not None:
+            self._chooser.save()
         if i < len(blocks):
             # Left out of order: the block entered next must not bring this mode back.
             blocks[i].outer = outer
