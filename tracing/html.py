@@ -43,12 +43,14 @@ def fragment(report: Report, limit: int = 10) -> str:
 
 
 def _row(row: Row, **labels: str) -> dict[str, Any]:
-    return {**labels, "calls": row.calls, "time": row.time_s, "host": row.host_s}
+    flops = sum((r.flops or 0) * r.calls for r in row.records)
+    return {**labels, "calls": row.calls, "time": row.time_s, "host": row.host_s, "bytes": row.touched, "flops": flops}
 
 
 def _data(report: Report) -> dict[str, Any]:
     """What the page's script needs: rows of each table, and the leaves of the treemap."""
     overloads, shapes = [], []
+    dry = content.is_dry(report)
 
     def rate(row: Row) -> str:
         return "" if report.environment.get("interpreter") else content.rate(row)
@@ -65,10 +67,12 @@ def _data(report: Report) -> dict[str, Any]:
     for record in report.compute:
         path = record.phase, record.module or "(no module)", content.short(record.overload), record.decision
         total = leaves.setdefault(path, [0.0, 0.0])
-        total[0] += record.time_s
+        total[0] += record.touched * record.calls if dry else record.time_s
         total[1] += record.calls
-    return {"overloads": overloads, "shapes": shapes, "modules": modules,
-            "leaves": [[*path, time, calls] for path, (time, calls) in leaves.items()]}
+    # What a call costs: its time, or the bytes of its arguments where none was run.
+    return {"overloads": overloads, "shapes": shapes, "modules": modules, "cost": "bytes" if dry else "time",
+            "host": report.environment.get("timing") == "device",
+            "leaves": [[*path, cost, calls] for path, (cost, calls) in leaves.items()]}
 
 
 def _embedded(value: Any) -> str:
@@ -84,7 +88,8 @@ def page(report: Report) -> str:
             lines += f"<h2>Verified</h2><p>{escape(section.text)}</p><div class=\"scroll\">{_table(section.columns, section.rows)}</div>"
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in report.notes)
     about = escape(", ".join(f"{key} {value}" for key, value in report.environment.items()))
-    parts = {"MARKER": MARKER, "HEAD": lines, "NOTES": notes, "ABOUT": about,
+    what = "bytes go" if content.is_dry(report) else "time goes"
+    parts = {"WHAT": what, "MARKER": MARKER, "HEAD": lines, "NOTES": notes, "ABOUT": about,
              "REPORT": _embedded(report.to_dict()), "DATA": _embedded(_data(report))}
     # In one pass, so that a report's own text is never taken for a place to fill.
     return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], _TEMPLATE.read_text(encoding="utf-8"))
