@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.ops import maths
+from gemsmode.ops.layout import broadcast_shape, preserved_strides
 from gemsmode.ops.pointwise import INT_TO_FLOAT, Operand, as_operand, build, like_input, pointwise
 from gemsmode.ops.promotion import FLOAT, NUMERIC, opmath
 from gemsmode.plan import Alloc, Arg, At, Decline, Into, Out, Plan, contiguous_strides
@@ -46,7 +47,7 @@ def threshold(self, threshold, value):
 
 @pointwise("aten.threshold_backward.default", dtypes=NUMERIC)
 @triton.jit
-def threshold_backward(grad_output, self, threshold):
+def threshold_backward(self, grad_output, threshold):  # in this order, which decides on the strides of the result
     return tl.where(self <= threshold, 0, grad_output).to(grad_output.dtype)
 
 
@@ -63,7 +64,14 @@ def leaky_relu_backward(grad_output, self, negative_slope):
     return tl.where(self > 0, grad_output, grad_output * negative_slope)
 
 
-@pointwise("aten._prelu_kernel.default", dtypes=FLOAT, out_stride=like_input)
+def _prelu_strides(call: Call) -> tuple[int, ...]:
+    """Those of ``empty_like(self)``, which PyTorch resizes if ``weight`` broadcasts it."""
+    x, weight = call.args
+    shape = broadcast_shape([x.shape, weight.shape])
+    return preserved_strides(x) if shape == x.shape else contiguous_strides(shape)
+
+
+@pointwise("aten._prelu_kernel.default", dtypes=FLOAT, out_stride=_prelu_strides)
 @triton.jit
 def prelu_kernel(self, weight):
     return tl.where(self > 0, self, self * weight)
@@ -71,7 +79,7 @@ def prelu_kernel(self, weight):
 
 @pointwise("aten._prelu_kernel_backward.default", dtypes=FLOAT, outputs=(None, None))
 @triton.jit
-def prelu_kernel_backward(grad_output, self, weight):
+def prelu_kernel_backward(self, weight, grad_output):  # in this order, as threshold_backward
     positive = self > 0
     return tl.where(positive, grad_output, grad_output * weight), tl.where(positive, 0.0, grad_output * self)
 
@@ -153,7 +161,8 @@ def hardswish(self):
 @pointwise("aten.hardswish_backward.default", dtypes=FLOAT)
 @triton.jit
 def hardswish_backward(grad_output, self):
-    middle = grad_output * (self * 0.33333333333333333333 + 0.5)
+    # A quotient, which is -1/2 at -3/2: the product with 1/3 would not be.
+    middle = grad_output * (maths.divide(self, 3.0) + 0.5)
     return tl.where(self <= -3, 0.0, tl.where(self < 3, middle, grad_output))
 
 
@@ -179,7 +188,7 @@ def sigmoid(self):
 @pointwise("aten.sigmoid_backward.default", dtypes=FLOAT, flops=3)
 @triton.jit
 def sigmoid_backward(grad_output, output):
-    return grad_output * ((1 - output) * output)
+    return grad_output * (1 - output) * output
 
 
 @triton.jit
@@ -247,13 +256,13 @@ def elu(self, alpha, scale, input_scale):
 @triton.jit
 def _elu_backward_of_input(grad_output, alpha, scale, input_scale, self_or_result):
     below = grad_output * (input_scale * alpha * scale) * maths.exp(self_or_result * input_scale)
-    return tl.where(self_or_result > 0, grad_output * scale, below)
+    return tl.where(self_or_result <= 0, below, grad_output * scale)
 
 
 @triton.jit
 def _elu_backward_of_result(grad_output, alpha, scale, input_scale, self_or_result):
     below = grad_output * input_scale * (self_or_result + alpha * scale)
-    return tl.where(self_or_result > 0, grad_output * scale, below)
+    return tl.where(self_or_result <= 0, below, grad_output * scale)
 
 
 def _of_what(call: Call) -> Any:
@@ -329,7 +338,7 @@ def mish(self):
 def mish_backward(grad_output, self):
     e, n, t = _mish_ratio(self)
     # 1 - t**2 = 4 (n + 1) / (n + 2)**2, and the sigmoid is e / (1 + e)
-    slope = maths.divide(e, 1 + e) * (4 * maths.divide(maths.divide(n + 1, n + 2), n + 2))
+    slope = tl.where(self > 40, 0.0, maths.divide(e, 1 + e) * (4 * maths.divide(maths.divide(n + 1, n + 2), n + 2)))
     return grad_output * (t + self * slope)
 
 
@@ -436,8 +445,12 @@ def gelu(self):
 
 @triton.jit
 def _gelu_backward(grad_output, self):
-    density = 0.39894228040143267794 * maths.exp(-0.5 * self * self)
-    return grad_output * (0.5 * (1 + tl.erf(self * 0.70710678118654752440)) + self * density)
+    # The slope at -a, a = |x|, is exp(-a**2 / 2) (erfcx(a / sqrt(2)) / 2 - a / sqrt(2 pi)), and that at a is 1 less it: the sum
+    # of erf and of x times the density would cancel in the tail.
+    a = tl.abs(self)
+    below = 0.5 * maths.erfcx_positive(a * 0.70710678118654752440) - 0.39894228040143267794 * a
+    below = maths.exp_square(tl.where(a > 40, 40.0, a), -0.5) * below
+    return grad_output * tl.where(self < 0, below, 1 - below)
 
 
 @triton.jit

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from gemsmode.ops import maths
+from gemsmode.ops.layout import output_strides
 from gemsmode.ops.pointwise import ALWAYS_BOOL, INT_TO_FLOAT, as_operand, build, pointwise
 from gemsmode.ops.promotion import BOOL, FLOAT, INT, NUMERIC, opmath, result_type
-from gemsmode.plan import Decline, Plan
+from gemsmode.plan import Decline, Plan, contiguous_strides
 from gemsmode.predicates import dtype_name
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
@@ -530,9 +531,19 @@ def _check_exponent(call: Call, common: torch.dtype) -> None:
         raise Decline("PyTorch rejects it: integers to negative integer powers")
 
 
+def _base_strides(call: Call) -> tuple[int, ...]:
+    """A constant exponent is no operand of PyTorch's ``TensorIterator``, unlike other numbers."""
+    return output_strides(call.args[0].shape, [call.args[0]])
+
+
+def _contiguous_exponent(call: Call) -> tuple[int, ...]:
+    return contiguous_strides(call.args[1].shape)
+
+
 @pointwise("aten.pow.Tensor_Scalar", dtypes=NUMERIC, promote=("self", "exponent"), by_value=("exponent",), select=_constant_power,
-           check=_check_exponent, round_numbers=True, name="pow_constant")
-@pointwise("aten.pow.Scalar", dtypes=NUMERIC, promote=("self", "exponent"), select=_general_power, round_numbers=True, name="pow_of_number")
+           check=_check_exponent, round_numbers=True, out_stride=_base_strides, name="pow_constant")
+@pointwise("aten.pow.Scalar", dtypes=NUMERIC, promote=("self", "exponent"), select=_general_power, round_numbers=True,
+           out_stride=_contiguous_exponent, name="pow_of_number")
 @pointwise("aten.pow.Tensor_Tensor", dtypes=NUMERIC, select=_general_power, check=require_tensors, round_numbers=True)
 @triton.jit
 def pow(self, exponent):

@@ -112,9 +112,9 @@ def copy(call: Call) -> Plan:
         raise Decline(f"to device {x.device}")
     if broadcast_shape([x.shape, src.shape]) != x.shape:
         raise Decline("PyTorch rejects it: src does not broadcast to self")
-    if not _is_packed(x) and call.outs is None:
-        # A place to decide from only: the result goes where `self` is, whose own strides are looked at then.
+    if x.may_overlap_itself and call.outs is None:
         return copied(call, 1, x.dtype, x.shape, output_strides(x.shape, [x]))
+    # Gaps stay: PyTorch copies the memory of `self` before it writes to it.
     return copied(call, 1, x.dtype, x.shape, x.stride)
 
 

@@ -657,7 +657,7 @@ def lgamma(x):
     y = lgamma_upper(tl.where(x < 0.5, 1 - tl.where(a == float("inf"), 0.0, x), x))
     s = tl.abs(sin_pi(tl.where(a < 4503599627370496.0, x, 0.0)))
     # pi x of a subnormal x has lost digits; lgamma(x) is -log|x| there.
-    reflected = tl.where(a < 1e-20, -tl.log(a), 1.1447298858494002 - tl.log(s) - y)
+    reflected = tl.where(a < 1e-20, -tl.log(a), tl.where(s == 0, float("inf"), 1.1447298858494002 - tl.log(s) - y))
     return tl.where(a == float("inf"), a, tl.where(x < 0.5, reflected, y))
 
 

@@ -453,8 +453,10 @@ def atanh(self):
 @pointwise("aten.sinc.default", kind=INT_TO_FLOAT)
 @triton.jit
 def sinc(self):
-    y = maths.divide(maths.sin_pi(self), 3.141592653589793 * self)
-    return tl.where(self == 0, 1.0, y)
+    # Next to 0 it is 1, and a subnormal number would be flushed to 0.
+    near = tl.abs(self) < 1e-20
+    x = tl.where(near, 1.0, self)
+    return tl.where(near, 1.0, maths.divide(maths.sin_pi(x), 3.141592653589793 * x))
 
 
 @pointwise("aten.deg2rad.default", kind=INT_TO_FLOAT)
