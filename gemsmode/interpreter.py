@@ -2,6 +2,7 @@
 
 - Triton's own ``@triton.jit`` functions are made callable from interpreted kernels whenever Triton was imported.
 - bfloat16 is rounded to nearest even, reached from any dtype, and taken for a float by ``tl.dot``.
+- A loop's bounds may be computed: numpy 2.4 no longer turns an array of one element and one dimension into a number.
 - On every call of a ``@triton.jit`` function, nested ones included, the interpreter looks through all members of
   ``triton.language`` to find what it has to replace. That is most of the time of a small kernel: a product of 500
   elements, checked against two references, takes 8.1 ms with it and 3.5 ms when, as here, the replacements are found
@@ -73,6 +74,23 @@ def _correct_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+def _correct_index() -> None:
+    """Make scalars, which the interpreter keeps as arrays of one element, usable as bounds of a loop whatever numpy is installed."""
+    from triton.runtime import interpreter
+
+    original = getattr(interpreter, "_patch_lang_tensor", None)
+    if original is None:
+        log.debug("this Triton's interpreter is not as expected (_patch_lang_tensor is missing): left as it is")
+        return
+
+    def patch_tensor(tensor: Any, scope: Any) -> Any:
+        result = original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        return result
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
 def _quicken() -> None:
     """Install the quicker patching; does nothing where the installed Triton does not look as expected."""
     from triton.runtime import interpreter
@@ -128,4 +146,5 @@ def install() -> None:
     """Put all of this in force, once."""
     _convert_triton_library()
     _correct_bfloat16()
+    _correct_index()
     _quicken()

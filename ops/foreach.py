@@ -20,7 +20,7 @@ from gemsmode.launch import Constants
 from gemsmode.ops import binary, ternary, unary
 from gemsmode.ops.layout import is_dense
 from gemsmode.ops.pointwise import _apply, _how, _store, choose_flat
-from gemsmode.ops.promotion import FLOAT, TRITON, opmath
+from gemsmode.ops.promotion import ALL, FLOAT, TRITON, opmath
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, extent
 from gemsmode.predicates import dtype_name
 from gemsmode.registry import aten_overloads, planned
@@ -44,14 +44,14 @@ def foreach_kernel(outs, ins, strides, first, counts, FN: tl.constexpr, HOW: tl.
             _store(outs[k], (o,), (), _apply(FN, ins[k], (o,), strides, m, HOW), m)
 
 
-def _lists(call: Call, indices: Sequence[int]) -> tuple[torch.dtype, list[TensorMeta]]:
+def _lists(call: Call, indices: Sequence[int], dtypes: Sequence[torch.dtype] = FLOAT) -> tuple[torch.dtype, list[TensorMeta]]:
     """The dtype of the lists ``indices`` and the first list's tensors, if all are laid out alike."""
     first = call.args[indices[0]]
     if not first:
         raise Decline("an empty list")
     dtype = first[0].dtype
-    if dtype not in FLOAT:
-        raise Decline(f"{dtype_name(dtype)} is not floating point")
+    if dtype not in dtypes:
+        raise Decline(f"{dtype_name(dtype)} is not handled" if dtypes is ALL else f"{dtype_name(dtype)} is not floating point")
     for index in indices:
         if len(call.args[index]) != len(first):
             raise Decline("PyTorch rejects it: lists of different lengths")
@@ -73,11 +73,11 @@ def _programs(metas: Sequence[TensorMeta], block: int) -> list[int]:
     return first
 
 
-def _plan(call: Call, function: Any, roles: Sequence[tuple[str, Any]]) -> Plan:
+def _plan(call: Call, function: Any, roles: Sequence[tuple[str, Any]], dtypes: Sequence[torch.dtype] = FLOAT) -> Plan:
     """One list op: ``roles`` says for each parameter of the function what it is, ``("list", index)``, ``("tensor", index)``,
     ``("number", index)``, ``("numbers", index)`` or ``("constant", value)``."""
     lists = [index for role, index in roles if role == "list"]
-    dtype, metas = _lists(call, lists)
+    dtype, metas = _lists(call, lists, dtypes)
     compute = opmath(dtype)
     kind = "fp64" if compute == torch.float64 else "fp32"
     kinds: list[tuple[int, torch.dtype, torch.dtype]] = []
@@ -173,7 +173,7 @@ def _fill_zero(self):
 
 @planned("aten._foreach_zero_.default", family="optimizer", kernel=_fill_zero)
 def foreach_zero(call: Call) -> Plan:
-    return _plan(call, _fill_zero, [("list", 0)])
+    return _plan(call, _fill_zero, [("list", 0)], ALL)
 
 
 # -- fused steps -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ UNREACHED: dict[str, str] = {
     "_aminmax*": "test_reduction", "_is_a*_true": "test_reduction", "norm.*": "test_reduction",
     "_cum*_helper": "test_scan", "_logcumsumexp*": "test_scan",
     "_foreach_zero_": "test_foreach", "_fused_adam*": "test_foreach", "_fused_sgd*": "test_foreach",
-    "_fused_rms_norm*": "test_norm", "_weight_norm_interface*": "test_norm",
+    "_fused_rms_norm*": "test_norm", "_weight_norm_interface*": "test_norm", "cudnn_batch_norm*": "test_norm",
     "_scaled_dot_product_*": "test_attention",
     "*mm.dtype*": "test_matmul",
     "detach_copy*": "test_movement", "lift_fresh_copy*": "test_movement", "select_copy.*": "test_movement",
@@ -117,7 +117,7 @@ def test_inference_mode(case: Case) -> None:
 def test_backward(case: Case) -> None:
     """Gradients through autograd, forward and backward under the mode."""
     info, failures, intercepted, met = case.info, Failures(), 0, set()
-    values = comparable(info)
+    values, kind = comparable(info), "amplified" if info.name in harness.AMPLIFIED else "reduction"
     for dtype in dtypes_of(info, grad=True):
         for sample in samples(info, dtype, grad=True, cap=None if harness.OPTIONS.full else 3):
             def gradients(tree: Any, process: Any = sample.output_process_fn_grad) -> Any:
@@ -129,7 +129,9 @@ def test_backward(case: Case) -> None:
             if not harness.differentiable(tree):
                 continue
             try:
-                expected = quietly(gradients, harness.own_memory(tree))
+                # Under any dispatch mode autograd sums gradients into new tensors, whose strides may be others.
+                with harness.Names():
+                    expected = quietly(gradients, harness.own_memory(tree))
             except Exception:
                 continue
 
@@ -140,7 +142,7 @@ def test_backward(case: Case) -> None:
                 met.update(d.reason or d.kind for op, d in outcome.calls if op in case.targets and d.kind != "rule")
                 tally(outcome.calls)
                 exact = harness.reference(gradients, tree) if values else None
-                compare("gradient", outcome.result, expected, exact, "reduction", values=values)
+                compare("gradient", outcome.result, expected, exact, kind, values=values)
 
             failures.check(f"{info.name}({describe_sample(sample)})", check)
     finish(case, failures, intercepted, met)
@@ -292,6 +294,8 @@ TEMPLATE_DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch
 @pytest.mark.parametrize("op", sorted(served(), key=str), ids=short_name)
 def test_overload(op: OpOverload) -> None:
     """Each overload called by itself: those that OpInfos reach and those that are derived from them."""
+    if (why := harness.NATIVE_CRASHES.get(short_name(op))) is not None and harness.OPTIONS.device == "cuda":
+        pytest.skip(why)
     failures, intercepted, ran = Failures(), 0, 0
     for dtype in TEMPLATE_DTYPES if harness.OPTIONS.full else TEMPLATE_DTYPES[:4]:
         for template in harness.thin(harness.templates(op, dtype), 2, lambda t: harness.elements(t.args)):
