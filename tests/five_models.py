@@ -67,7 +67,8 @@ def _resnet(s: Scale) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     return ResNetForImageClassification(ResNetConfig(
-        embedding_size=max(s.width // 4, 8), hidden_sizes=[s.width, 2 * s.width], depths=[s.layers, s.layers], layer_type="basic", num_labels=4))
+        embedding_size=max(s.width // 4, 8), hidden_sizes=[s.width, 2 * s.width], depths=[s.layers, s.layers], layer_type="basic",
+        num_labels=4))
 
 
 MODELS: dict[str, Callable[[Scale], nn.Module]] = {"bert": _bert, "gpt2": _gpt2, "llama": _llama, "vit": _vit, "resnet": _resnet}

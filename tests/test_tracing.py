@@ -7,8 +7,6 @@ import gc
 import io
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -714,29 +712,3 @@ def test_merged_reports_add_up() -> None:
         merge([])
     alone = gather(REPORT)
     assert alone.rank == 0 and alone.merged.calls == 20
-
-
-WORKER = """
-import sys, torch, torch.distributed as dist
-from gemsmode import GemsMode
-from gemsmode.tracing import gather
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
-x = torch.ones(4)
-with GemsMode(allow=[], trace=True) as mode:
-    for _ in range(3 + dist.get_rank()):
-        x.exp()
-both = gather(mode.report)
-assert [r.calls for r in both.ranks] == [3, 4] and both.merged.calls == 7, both
-both.print()
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_gather(tmp_path: Any) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    workers = [subprocess.Popen([sys.executable, str(script), str(tmp_path / "meet"), str(rank)], stdout=subprocess.PIPE, text=True)
-               for rank in range(2)]
-    printed = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
-    assert "7 calls, 7 of them compute" in printed[0] and printed[1] == ""
