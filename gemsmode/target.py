@@ -57,10 +57,25 @@ class Target:
         return GPUTarget(self.backend, self.arch, self.warp_size)
 
     @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that one program can have."""
+        if self.backend == "cuda":
+            return _SHARED_MEMORY.get(int(self.arch), 99) * 1024
+        return 64 * 1024
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether the tensor cores read their operands from shared memory (compute capability 9.0, and 10.x in its own way)."""
+        return self.backend == "cuda" and 90 <= int(self.arch) < 120
+
+    @property
     def has_tma(self) -> bool:
         """Whether the device has tensor-memory-access descriptors (compute capability 9.0 and later)."""
         return self.backend == "cuda" and int(self.arch) >= 90
 
+
+_SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+"""KiB by compute capability; 99 for the others (CUDA C++ Programming Guide, table of technical specifications)."""
 
 INTERPRETER = Target("cpu", "interpreter", 0)
 

@@ -1,0 +1,63 @@
+"""Shape classes for which PyTorch's own kernels were measured to be faster: rules decline them where that was measured.
+
+One row of :data:`SLOWER` for each class: the family that asks, the compute capability, the class in words, the test of a
+call's facts, and what was measured (or why it cannot be otherwise). A row is taken out, or its test narrowed, when
+``python -m perf`` says so; ``GEMSMODE_SLOWER=serve`` in the environment serves every class, to measure them.
+
+Rows hold only for GPUs of the compute capability that they name. Elsewhere, and in the interpreter, nothing is declined.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gemsmode.plan import Decline
+from gemsmode.target import Target
+
+
+class Slower(NamedTuple):
+    """A class of calls that is left to PyTorch.
+
+    Attributes:
+        family: who asks: ``product`` or ``attention``.
+        capability: the compute capability where it holds, as :attr:`Target.arch` has it.
+        what: the class in words.
+        test: takes the call's facts.
+        measured: PyTorch's time over this package's, on what GPU, or why it is slower.
+    """
+
+    family: str
+    capability: int
+    what: str
+    test: Callable[..., bool]
+    measured: str
+
+
+def _attention_backward(*, backward: bool, itemsize: int, **_: Any) -> bool:
+    return backward and itemsize == 2
+
+
+SLOWER: tuple[Slower, ...] = (
+    Slower("attention", 90, "attention's backward in 16-bit floats", _attention_backward,
+           "seven matrix products without atomics where cuDNN needs five; not measured"),
+)
+
+
+def serves_slower() -> bool:
+    """Whether the table is to be left aside."""
+    return os.environ.get("GEMSMODE_SLOWER", "") == "serve"
+
+
+def check_measured(family: str, target: Target, **facts: Any) -> None:
+    """Decline a call whose facts are those of a class in :data:`SLOWER`.
+
+    Raises:
+        Decline: it is one; the reason says what was measured.
+    """
+    if target.backend != "cuda" or serves_slower():
+        return
+    for row in SLOWER:
+        if row.family == family and row.capability == target.arch and row.test(**facts):
+            raise Decline(f"PyTorch's own is faster for {row.what} ({row.measured})")
