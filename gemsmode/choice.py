@@ -429,6 +429,11 @@ class Store:
         self._refresh()
         return len(self._entries)
 
+    def items(self) -> list[tuple[str, Entry]]:
+        """Every kept choice with its signature, the latest last."""
+        self._refresh()
+        return list(self._entries.items())
+
     def get(self, text: str, rule: str, source: str | None) -> Entry | None:
         """The kept choice of a signature, if it is of this rule with this source."""
         self._refresh()
@@ -595,6 +600,10 @@ class Chooser:
                 same = next((s for s in self._stores.values() if s.about == about), None)
                 found = self._stores.setdefault((target, device), same or Store(self.folder, about))
         return found
+
+    def stores(self) -> list[Store]:
+        """The stores that were used so far."""
+        return list(dict.fromkeys(self._stores.values()))
 
     def save(self) -> None:
         """Write new choices to the disk."""

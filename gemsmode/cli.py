@@ -1,8 +1,9 @@
 """The command line: ``gemsmode`` or ``python -m gemsmode``.
 
 Exit codes: 0 all is well; 1 what was asked for ran and found a problem (``demo``: results too far apart, ``doctor``: a
-check failed, ``ops``: nothing matches, ``verify``: a call differs); 2 the command could not be understood or carried
-out. ``report``, and ``verify`` where all agrees, end with the exit code of the script that they ran.
+check failed, ``ops``: nothing matches, ``verify``: a call differs, ``tune``: nothing was timed); 2 the command could not
+be understood or carried out. ``report`` and ``tune``, and ``verify`` where all agrees, end with the exit code of the script
+that they ran.
 """
 
 from __future__ import annotations
@@ -216,6 +217,67 @@ def _verify(options: argparse.Namespace, out: Console) -> int:
     return code or (1 if failed else 0)
 
 
+def _tune(options: argparse.Namespace, out: Console) -> int:
+    from gemsmode.choice import Chooser
+    from gemsmode.target import current
+    from gemsmode.tracing.sections import measured
+
+    chooser = Chooser(again=options.again)
+    if options.list:
+        _print(out, _kept(chooser, options.limit))
+        return 0
+    if not current().present:
+        raise UsageError(f"kernels are compiled for {current().backend}:{current().arch}, which is not present: nothing can be timed")
+    with _counting(chooser):
+        code, report = _run_script(options, trace=True, prefer=chooser)
+    chooser.save()
+    section = measured(report, options.limit)
+    if section is None:
+        print("gemsmode: nothing was timed: no rule served any call", file=sys.stderr)
+        return code or 1
+    if not options.quiet:
+        from gemsmode.tracing.table import render_section
+
+        _print(out, render_section(section))
+        for store in chooser.stores():
+            out.print(f"{len(store):,} choices are kept in {store.path}", highlight=False, markup=False, soft_wrap=True)
+    return code
+
+
+def _kept(chooser: Any, limit: int) -> Table:
+    """The choices that are kept for this machine."""
+    from gemsmode.target import current
+
+    store = chooser.store(current())
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=f"{len(store):,} choices in {store.path}", caption_justify="left")
+    table.add_column("call", overflow="fold")
+    for column in ("by rule", "by native"):
+        table.add_column(column, justify="right")
+    table.add_column("taken")
+    for text, entry in store.items()[-limit:]:
+        table.add_row(Text(text.removeprefix("aten.")), str(entry.choice.rule), str(entry.choice.native),
+                      "rule" if entry.choice.rule_wins else "native")
+    return table
+
+
+@contextlib.contextmanager
+def _counting(chooser: Any) -> Iterator[None]:
+    """On a terminal a line that says what is timed; a script's own output goes above it."""
+    console = Console(stderr=True)
+    if not (console.is_terminal and sys.stdout.isatty()):
+        yield
+        return
+    count = 0
+    with console.status("running the script") as status:
+        def show(text: str, choice: Any) -> None:
+            nonlocal count
+            count += 1
+            status.update(Text(f"{count} signatures timed; {text[:80]}: {choice.reason}"))
+
+        chooser.on_measured = show
+        yield
+
+
 def _run_script(options: argparse.Namespace, **how: Any) -> tuple[int, Report]:
     """Run the script or module under a mode made with ``how``: its exit code, and the report."""
     import gemsmode
@@ -296,7 +358,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     from gemsmode.tracing.ranks import ranked_path
 
     for name in _WRITERS:
-        if (path := getattr(options, name)) is not None:
+        if (path := getattr(options, name, None)) is not None:
             setattr(options, name, ranked_path(path))
             check(getattr(options, name), options.force)
 
@@ -388,6 +450,8 @@ def _explain(options: argparse.Namespace, out: Console) -> int:
         print(json.dumps({
             "overload": str(explanation.op), "call": explanation.call,
             "decision": None if d is None else {"kind": d.kind, "rule": d.rule, "reason": d.reason, "bytes": d.bytes, "flops": d.flops},
+            "choice": None if (c := explanation.choice) is None else {"rule_us": c.rule.cost, "native_us": c.native.cost,
+                                                                      "taken": "rule" if c.rule_wins else "native", "reason": c.reason},
             "rules": [{"name": n, "when": w, "where": f, "derived_from": b} for n, w, f, b in explanation.rules]}, indent=1))
     else:
         out.print(str(explanation), highlight=False, markup=False, soft_wrap=True)
@@ -473,6 +537,7 @@ def build_parser() -> argparse.ArgumentParser:
                             "  gemsmode report train.py --epochs 1        what of a script was replaced, what was not, and why\n"
                             "  gemsmode report --dry-run --target cuda:90 --dtype bf16 train.py    the same without running it\n"
                             "  gemsmode verify train.py --steps 1         are the kernels right there?\n"
+                            "  gemsmode tune train.py --steps 1           are they faster there? (for prefer=\"fastest\")\n"
                             "  gemsmode explain mm bf16[64,64] bf16[64,64]\n"
                             "  gemsmode ops '*_backward'\n")
     parser.add_argument("--version", action="version", version=f"gemsmode {gemsmode.__version__}")
@@ -517,6 +582,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report_options(verify)
     verify.usage = "gemsmode verify [options] SCRIPT.py [args...]\n       gemsmode verify [options] -m MODULE [args...]"
 
+    tune = command("tune", _tune, "run a script, unchanged, and time the kernels and PyTorch's own on each shape that it meets",
+                   "examples:\n  gemsmode tune train.py --steps 1\n  gemsmode tune --again -m mypackage.train\n  gemsmode tune --list\n\n"
+                   "GemsMode(prefer=\"fastest\") then knows from its first call on which of the two to run. What was measured is kept in\n"
+                   "$GEMSMODE_CACHE, $XDG_CACHE_HOME/gemsmode or ~/.cache/gemsmode, for this GPU, driver, torch, triton and gemsmode.")
+    tune.add_argument("-m", dest="module_flag", metavar="MODULE", help="run a module, as python -m does")
+    tune.add_argument("--again", action="store_true", help="time also what is known from before")
+    tune.add_argument("--list", action="store_true", help="run nothing: show what is kept for this machine")
+    tune.add_argument("--strict", action="store_true", help="stop at the first rule that fails, instead of falling back")
+    tune.add_argument("--limit", type=int, default=40, metavar="N", help="rows shown (default: 40)")
+    tune.add_argument("--quiet", action="store_true", help="print no table")
+    _add_selection(tune)
+    tune.usage = "gemsmode tune [options] SCRIPT.py [args...]\n       gemsmode tune [options] -m MODULE [args...]"
+
     diff = command("diff", _diff, "compare two reports that were written as JSON",
                    "example:\n  gemsmode report --json before.json train.py\n  gemsmode report --json after.json --deny mm train.py\n"
                    "  gemsmode diff before.json after.json\n")
@@ -542,7 +620,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_REPORT_FLAGS = {"--force", "--quiet", "--strict", "--dry-run", "-h", "--help"}
+_REPORT_FLAGS = {"--force", "--quiet", "--strict", "--dry-run", "--again", "--list", "-h", "--help"}
 
 
 def _split_script(argv: list[str]) -> tuple[list[str], str | None, str | None, list[str]]:
@@ -565,7 +643,7 @@ def _split_script(argv: list[str]) -> tuple[list[str], str | None, str | None, l
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     position = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
-    if position is None or argv[position] not in ("report", "verify"):
+    if position is None or argv[position] not in ("report", "verify", "tune"):
         return parser.parse_args(argv)
     own, script, module, rest = _split_script(argv[position + 1:])
     options = parser.parse_args([*argv[:position + 1], *own])

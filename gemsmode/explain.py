@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from gemsmode.choice import Choice, taken
+from gemsmode.choice import default as default_chooser
 from gemsmode.handlers import Decision, Policy
 from gemsmode.mode import GemsMode, load_ops
 from gemsmode.registry import Registry, default, find_op, short_name
@@ -24,12 +26,14 @@ class Explanation:
         decision: what would happen, or None if no arguments were given.
         rules: per rule its name, condition, place and the overload it was derived from (None: its own).
         call: the arguments, as described.
+        choice: what ``prefer="fastest"`` has measured of this call, if it has; None if not.
     """
 
     op: OpOverload
     decision: Decision | None
     rules: tuple[tuple[str, str, str, str | None], ...]
     call: str = ""
+    choice: Choice | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.op}" + (f"({self.call})" if self.call else "")]
@@ -40,6 +44,8 @@ class Explanation:
                        "comm": f"passes through (communication): {d.reason}", "host": f"passes through (numbers on the host): {d.reason}",
                        "composite": f"is taken apart into other ops: {d.reason}", "error": f"rule {d.rule!r} fails: {d.reason}"}[d.kind]
             lines.append(f"  -> {verdict}")
+            if self.choice is not None:
+                lines.append(f"     prefer='fastest' takes {'the rule' if self.choice.rule_wins else 'native'}: {self.choice.reason}")
         said = {c.rule: c.reason for c in self.decision.considered} if self.decision else {}
         for name, condition, where, base in self.rules:
             derived = f", derived from {base}" if base else ""
@@ -86,9 +92,14 @@ def explain(op: str | OpOverload, *args: Any, registry: Registry | None = None, 
 
     metas = tuple(stand_in(describe(a)) for a in bound)
     decided = handler.decide(metas, bind=False)
+    choice = None
+    if decided.decision.kind == "rule":
+        choice = (policy.chooser or default_chooser()).known(handler, metas, decided)
+        if choice is not None and policy.chooser is not None:
+            decided = taken(handler, decided, choice)
     text = ", ".join(f"{p.name}={a}" if p.kwarg_only else str(a) for p, a in zip(parameters(found), metas)
                      if not (p.has_default and a == p.default))
-    return Explanation(found, decided.decision, rules, text)
+    return Explanation(found, decided.decision, rules, text, choice)
 
 
 def _bind(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

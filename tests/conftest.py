@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["COLUMNS"] = "160"  # texts are compared, and a terminal's width would wrap them elsewhere
+    kept = tempfile.TemporaryDirectory(prefix="gemsmode-cache-")
+    config.add_cleanup(kept.cleanup)
+    os.environ["GEMSMODE_CACHE"] = kept.name  # what was measured on this machine is not for tests
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # also where a GPU is present
     import torch

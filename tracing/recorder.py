@@ -287,6 +287,7 @@ class Recorder:
     def _record(self, rows: list[_Totals]) -> Record:
         first = rows[0]
         decision = first.decision
+        choice = decision.choice
         inputs, dtypes = _text(first.shapes)
         device_calls = sum(r.device_calls for r in rows)
         return Record(
@@ -295,7 +296,8 @@ class Recorder:
             inputs=inputs, dtypes=dtypes, module=first.module, phase=first.phase,
             calls=sum(r.calls for r in rows), host_s=sum(r.host_ns for r in rows) / 1e9,
             device_s=sum(r.device_ns for r in rows) / 1e9 if device_calls else None, device_calls=device_calls,
-            captured=sum(r.captured for r in rows), bytes=decision.bytes, flops=decision.flops, touched=first.touched)
+            captured=sum(r.captured for r in rows), bytes=decision.bytes, flops=decision.flops, touched=first.touched,
+            rule_us=choice and choice.rule.cost, native_us=choice and choice.native.cost, timed=choice.origin if choice else "")
 
     def _environment(self) -> dict[str, Any]:
         import gemsmode

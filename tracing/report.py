@@ -76,6 +76,8 @@ class Record:
         bytes: bytes that one call must move, where the rule states it.
         flops: floating-point operations of one call, where the rule states it.
         touched: bytes of the tensor arguments of one call.
+        rule_us, native_us: what one call costs by the rule and by PyTorch's own, where ``prefer="fastest"`` chose between them.
+        timed: how these are known: ``"measured"`` in this process, ``"kept"`` from before, or ``"similar"`` (at nearly these sizes).
     """
 
     overload: str
@@ -94,6 +96,9 @@ class Record:
     bytes: int | None = None
     flops: int | None = None
     touched: int = 0
+    rule_us: float | None = None
+    native_us: float | None = None
+    timed: str = ""
 
     @property
     def time_s(self) -> float:

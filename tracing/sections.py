@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gemsmode.tracing.report import APART, Check, Difference, Report, Row
 
 NUMBERS = frozenset({"calls", "time", "share", "replaced", "shapes", "rate", "host", "bytes", "flops", "compared", "failed", "eps",
-                     "relative", "of tolerance"})
+                     "relative", "of tolerance", "by rule", "by native"})
 """Columns that stand to the right."""
 
 FOLDED = frozenset({"arguments", "dtypes", "why", "module", "error", "decision", "worst at"})
@@ -164,7 +164,7 @@ def sections(report: Report, by: str = "overload", limit: int | None = 20) -> li
     """
     cost = _Cost.of(report)
     rows_by = "overload" if by == "module" else by
-    found = [_verified(report, limit), _replaced(report, rows_by, limit, cost), _failed(report, limit),
+    found = [_verified(report, limit), measured(report, limit), _replaced(report, rows_by, limit, cost), _failed(report, limit),
              _passed(report, rows_by, limit, cost), *(_apart(report, kind, heading) for kind, heading in APART.items()),
              _modules(report, None if by == "module" else limit, None if by == "module" else 3, cost)]
     return [section for section in found if section is not None]
@@ -191,6 +191,25 @@ def _verified(report: Report, limit: int | None) -> Section | None:
              f"{c.allowed:.2g}", _worst_at(c)] for c in shown]
     columns = ("overload", "rule", "compared", "failed", "eps", "relative", "of tolerance", "worst at")
     return Section("Verified", "bad" if failed else "good", text, columns, rows, len(report.checks) - len(shown))
+
+
+def measured(report: Report, limit: int | None) -> Section | None:
+    """What ``prefer="fastest"`` chose, where it matters most first."""
+    rows = [row for row in report.rows("shape", ["rule", "pass", "error"]) if row.records[0].rule_us is not None]
+    if not rows:
+        return None
+    origins = {name: sum(row.records[0].timed == name for row in rows) for name in ("measured", "kept", "similar")}
+    words = {"measured": "measured now", "kept": "kept from before", "similar": "as at nearly their sizes"}
+    native = sum(row.records[0].decision == "pass" for row in rows)
+    text = (f"rule or PyTorch's own, whichever was faster: the rule for {len(rows) - native:,} of {count(len(rows), 'signature')}; "
+            + ", ".join(f"{n:,} {words[name]}" for name, n in origins.items() if n))
+    shown, left_out = _cut(rows, limit)
+    table = []
+    for row in shown:
+        r = row.records[0]
+        table.append([short(row.label[0]), row.label[1], f"{row.calls:,}", seconds((r.rule_us or 0.0) * 1e-6),
+                      seconds((r.native_us or 0.0) * 1e-6), "native" if r.decision == "pass" else "rule"])
+    return Section("Measured", "", text, ("overload", "arguments", "calls", "by rule", "by native", "taken"), table, left_out)
 
 
 def _worst_at(check: Check) -> str:
@@ -228,7 +247,8 @@ def _failed(report: Report, limit: int | None) -> Section | None:
 
 
 def _passed(report: Report, by: str, limit: int | None, cost: _Cost) -> Section | None:
-    rows = report.rows(by, ["pass"])
+    # Where a rule was timed and native was faster, a kernel is there: `measured` shows it.
+    rows = [row for row in report.rows(by, ["pass"]) if row.records[0].rule_us is None]
     if not rows:
         return None
     shapes = by == "shape"

@@ -47,6 +47,11 @@ def _section(section: Section) -> list[Any]:
     return parts
 
 
+def render_section(section: Section) -> Any:
+    """One section as something rich can print."""
+    return Group(*_section(section)[1:])
+
+
 def render(report: Report, by: str = "overload", limit: int | None = LIMIT) -> Any:
     """The report as something rich can print; see :func:`gemsmode.tracing.sections.sections` for the arguments."""
     parts: list[Any] = [Text("gemsmode report", style="bold"), *map(Text, content.headline(report))]
