@@ -4,7 +4,9 @@
 what it did not, why, and what each call cost.
 """
 
+import importlib
 import logging
+from typing import Any
 
 from gemsmode.errors import (
     DryRunError,
@@ -30,5 +32,14 @@ __all__ = [
     "RuleDeclarationError", "RuleFailedError", "TensorMeta", "UnknownOpError", "contiguous", "device", "disable", "dtype",
     "enable", "explain", "floating", "load_ops", "ndim", "not_complex", "numel", "on_gpu", "rule", "value", "where",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``gemsmode.ops`` and ``gemsmode.nn`` on first use: importing them chooses between GPU and interpreter."""
+    if name in ("ops", "nn"):
+        load_ops()
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

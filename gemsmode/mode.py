@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from gemsmode import registry as registry_module
 from gemsmode.choice import as_chooser
 from gemsmode.handlers import OpHandler, Policy
-from gemsmode.native import native
+from gemsmode.native import REFERENCES, native
 from gemsmode.registry import Registry
 from gemsmode.selectors import Selection, Selector, as_names
 from gemsmode.signature import parameters
@@ -421,7 +421,7 @@ class _ProcessMode(GemsMode):
 
     def _prepare(self) -> None:
         if self._is_off:
-            self._table = _Table(native)
+            self._table = _Table(lambda op: op if str(op) in REFERENCES else native(op))
         elif self._follows is not None:
             followed = self._follows
             self._policy, self._table = followed.policy, _Table(lambda op: followed._table[op])

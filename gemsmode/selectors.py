@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch._ops import OpOverload, OpOverloadPacket
 
 from gemsmode.errors import UnknownOpError
+from gemsmode.native import REFERENCES
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Registry, Rule, aten_overloads, functional_name, plain_name
 
@@ -90,8 +91,9 @@ class Selector:
 
 @functools.cache
 def known_names() -> frozenset[str]:
-    """Every name by which some aten op may be meant."""
-    return frozenset(name for packet in aten_overloads() for name in names_of(packet))
+    """Every name by which some aten op, or one of gemsmode's own, may be meant."""
+    own = [name.split(".")[1] for name in REFERENCES]
+    return frozenset(name for packet in (*aten_overloads(), *own) for name in names_of(packet))
 
 
 @functools.cache

@@ -539,7 +539,7 @@ def _whole_rows(tile: Tile, rows: Rows, itemsize: int, target: Target) -> Tile:
     return Tile(1, columns, ladder(WARPS, columns * scale), not fits)
 
 
-def _eps(call: Call, index: int, x: TensorMeta) -> Any:
+def eps_argument(call: Call, index: int, x: TensorMeta) -> Any:
     eps = call.args[index]
     if eps is None:
         return torch.finfo(opmath(x.dtype)).eps
@@ -551,7 +551,7 @@ def layer_norm(call: Call) -> Plan:
     x = call["input"]
     parameter = parameter_dtype(x, (call["weight"], call["bias"]), call.target)
     statistics = parameter if call.target.device_type == "cpu" else opmath(x.dtype)
-    return plan_norm(call, _eps(call, 4, x), (x.dtype, statistics, statistics), 2, 3, rms=False)
+    return plan_norm(call, eps_argument(call, 4, x), (x.dtype, statistics, statistics), 2, 3, rms=False)
 
 
 @planned("aten._fused_rms_norm.default", dtype(*FLOAT), family="norm", kernel=norm_kernel)
@@ -561,7 +561,7 @@ def fused_rms_norm(call: Call) -> Plan:
         raise Decline("the weight's dtype is not the input's")
     if looks_channels_last(x):
         raise Decline("a channels_last input")
-    return plan_norm(call, _eps(call, 3, x), (x.dtype, None, opmath(x.dtype)), 2, None, rms=True)
+    return plan_norm(call, eps_argument(call, 3, x), (x.dtype, None, opmath(x.dtype)), 2, None, rms=True)
 
 
 @planned("aten.rms_norm.default", dtype(*FLOAT), family="norm", kernel=norm_kernel)
@@ -572,7 +572,7 @@ def rms_norm(call: Call) -> Plan:
         raise Decline("the weight's dtype is not the input's, and one is float64")
     if looks_channels_last(x) or x.numel == 0:
         raise Decline("a channels_last input, or an empty one")
-    return plan_norm(call, _eps(call, 3, x), (x.dtype, None, None), 2, None, rms=True)
+    return plan_norm(call, eps_argument(call, 3, x), (x.dtype, None, None), 2, None, rms=True)
 
 
 def plan_norm_backward(call: Call, mean: int | None, rstd: int, weight: int, mask: tuple[bool, bool, bool], parameter: torch.dtype,

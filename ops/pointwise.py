@@ -477,7 +477,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
               outputs: Sequence[torch.dtype | None] = (None,), select: Callable[[Call], Any] | None = None,
               by_value: Sequence[str] = (), check: Callable[[Call, torch.dtype], None] | None = None,
               out_stride: Callable[[Call], tuple[int, ...] | None] | None = None, flops: int = 1,
-              name: str | None = None) -> Callable[[Any], Any]:
+              name: str | None = None, family: str = "pointwise") -> Callable[[Any], Any]:
     """Declare a pointwise op.
 
     Args:
@@ -497,6 +497,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
         check: raises :class:`~gemsmode.plan.Decline` for calls not served; given the call and the promoted dtype.
         out_stride: the strides of a new result where they are not ``TensorIterator``'s choice (:func:`like_input`).
         flops: operations an element, for reports.
+        family: the name by which users select the rule along with others.
     """
 
     def decorate(function: Any) -> Any:
@@ -522,10 +523,11 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
                 return True, ""
             return False, f"{dtype_name(common)} is not in {allowed_names}" + (": complex is not handled yet" if common.is_complex else "")
 
-        declarations.append(Declaration(op, (function,), kind, tuple(dtypes)))
+        if overload.namespace == "aten":
+            declarations.append(Declaration(op, (function,), kind, tuple(dtypes)))
         state = (torch.get_default_dtype,) if kind == INT_TO_FLOAT else ()
 
-        @planned(op, Predicate(f"dtype in {allowed_names}", admits), family="pointwise", kernel=function,
+        @planned(op, Predicate(f"dtype in {allowed_names}", admits), family=family, kernel=function,
                  name=name or function.fn.__name__, numbers=True, by_value=by_value, state=state, writes_out=True)
         def plan(call: Call) -> Plan:
             args = call.args
