@@ -404,41 +404,77 @@ def tree(state, MERGE: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _load(ins, o_k, o_r, strides_at, m, HOW: tl.constexpr, OTHER: tl.constexpr):
-    b0 = tl.load(ins[0] + (o_k[0] + o_r[0]), mask=m, other=OTHER[0]).to(HOW[0][0]).to(HOW[0][1])
-    if len(ins) == 1:
-        return (b0,)
-    else:
-        b1 = tl.load(ins[1] + (o_k[1] + o_r[1]), mask=m, other=OTHER[1]).to(HOW[1][0]).to(HOW[1][1])
-        return b0, b1
-
-
-@triton.jit
-def _fetch(ins, o_k, step, o_tile, m_k, nr, r_sizes, r_strides, HOW: tl.constexpr, OTHER: tl.constexpr,
-           STEPPED: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Step number `step` down r: the loaded blocks, their indices along r, and the mask.
+def _place(step, last, o_tile, m_k, nr, r_sizes, STEPPED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Step number `step` down r: its elements' indices along r, and the mask, which is false from step `last` on.
 
     STEPPED: a step stays within the fastest reduced dimension, so that only scalars are divided.
     """
     if STEPPED:
         steps_a_row = tl.cdiv(r_sizes[0], BLOCK_R)
+        r_in = (step % steps_a_row) * BLOCK_R + o_tile
+        r = (step // steps_a_row) * r_sizes[0] + r_in
+        m = m_k & (r_in < r_sizes[0])
+    else:
+        r = step * BLOCK_R + o_tile
+        m = m_k & (r < nr)
+    if BOUNDED:
+        m = m & (step < last)
+    return r, m
+
+
+@triton.jit
+def _fetch(ins, o_k, step, last, o_tile, m_k, nr, r_sizes, r_strides, OTHER: tl.constexpr, EVICT: tl.constexpr,
+           STEPPED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The blocks of step number `step`, as they lie in memory."""
+    r, m = _place(step, last, o_tile, m_k, nr, r_sizes, STEPPED, BOUNDED, BLOCK_R)
+    if STEPPED:
+        steps_a_row = tl.cdiv(r_sizes[0], BLOCK_R)
         i_outer = step // steps_a_row
         r_in = (step % steps_a_row) * BLOCK_R + o_tile
-        m = m_k & (r_in < r_sizes[0])
         o_0 = r_in * r_strides[0][0] + offset_of(i_outer, r_sizes[1:], r_strides[0][1:])
         if len(ins) == 1:
             o_r = (o_0,)
         else:
             o_r = (o_0, r_in * r_strides[1][0] + offset_of(i_outer, r_sizes[1:], r_strides[1][1:]))
-        r = i_outer * r_sizes[0] + r_in
     else:
-        r = step * BLOCK_R + o_tile
-        m = m_k & (r < nr)
         if len(ins) == 1:
             o_r = (offset_of(r, r_sizes, r_strides[0]),)
         else:
             o_r = (offset_of(r, r_sizes, r_strides[0]), offset_of(r, r_sizes, r_strides[1]))
-    return _load(ins, o_k, o_r, r_strides, m, HOW, OTHER), r, m
+    b0 = tl.load(ins[0] + (o_k[0] + o_r[0]), mask=m, other=OTHER[0], eviction_policy=EVICT)
+    if len(ins) == 1:
+        return (b0,)
+    else:
+        return b0, tl.load(ins[1] + (o_k[1] + o_r[1]), mask=m, other=OTHER[1], eviction_policy=EVICT)
+
+
+@triton.jit
+def _fetch_group(ins, o_k, step, last, o_tile, m_k, nr, r_sizes, r_strides, OTHER: tl.constexpr, EVICT: tl.constexpr,
+                 STEPPED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr):
+    """The blocks of GROUP steps from number `step` on."""
+    group = ()
+    for i in tl.static_range(GROUP):
+        group = group + (_fetch(ins, o_k, step + i, last, o_tile, m_k, nr, r_sizes, r_strides, OTHER, EVICT, STEPPED, BOUNDED,
+                                BLOCK_R),)
+    return group
+
+
+@triton.jit
+def _convert(x, HOW: tl.constexpr):
+    if len(x) == 1:
+        return (x[0].to(HOW[0][0]).to(HOW[0][1]),)
+    else:
+        return x[0].to(HOW[0][0]).to(HOW[0][1]), x[1].to(HOW[1][0]).to(HOW[1][1])
+
+
+@triton.jit
+def _state_of(x, step, last, o_tile, m_k, nr, r_sizes, params, LANE: tl.constexpr, BLOCK: tl.constexpr, HOW: tl.constexpr,
+              STEPPED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK_R: tl.constexpr, AXIS: tl.constexpr):
+    r, m = _place(step, last, o_tile, m_k, nr, r_sizes, STEPPED, BOUNDED, BLOCK_R)
+    if BLOCK is None:
+        return LANE(*_convert(x, HOW), r, params)
+    else:
+        return BLOCK(*_convert(x, HOW), m, AXIS)
 
 
 @triton.jit
@@ -451,7 +487,8 @@ def _store_all(outs, o, values, m):
 def reduce_kernel(outs, ins, nk, nr, n, total, steps, k_sizes, r_sizes, out_strides, k_strides, r_strides, params,
                   LANE: tl.constexpr, FOLD: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, POST: tl.constexpr,
                   OTHER: tl.constexpr, HOW: tl.constexpr, INNER: tl.constexpr, STEPPED: tl.constexpr,
-                  LOOP: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+                  LOOP: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EVICT: tl.constexpr, BLOCK_K: tl.constexpr,
+                  BLOCK_R: tl.constexpr, GROUP: tl.constexpr):
     """Reduce [nk, nr] along r. Grid: blocks of k, then shares of `steps` steps out of `total` (SPLIT: states are stored).
 
     INNER tiles are [BLOCK_K, BLOCK_R], outer ones [BLOCK_R, BLOCK_K]: the faster dimension of memory comes last.
@@ -480,24 +517,30 @@ def reduce_kernel(outs, ins, nk, nr, n, total, steps, k_sizes, r_sizes, out_stri
         o_k = (offset_of(k_tile, k_sizes, k_strides[0]), offset_of(k_tile, k_sizes, k_strides[1]))
     first = i_s * steps
     last = tl.minimum(first + steps, total)
-    x, r, m = _fetch(ins, o_k, first, o_tile, m_k, nr, r_sizes, r_strides, HOW, OTHER, STEPPED, BLOCK_R)
+    BOUNDED: tl.constexpr = LOOP or GROUP > 1
+    # A group of steps is loaded while the one before is merged: short of registers, a compiler would wait for each load.
+    group = _fetch_group(ins, o_k, first, last, o_tile, m_k, nr, r_sizes, r_strides, OTHER, EVICT, STEPPED, BOUNDED, BLOCK_R, GROUP)
+    if LOOP:
+        ahead = _fetch_group(ins, o_k, first + GROUP, last, o_tile, m_k, nr, r_sizes, r_strides, OTHER, EVICT, STEPPED, BOUNDED,
+                             BLOCK_R, GROUP)
+    state = _state_of(group[0], first, last, o_tile, m_k, nr, r_sizes, params, LANE, BLOCK, HOW, STEPPED, BOUNDED, BLOCK_R, AXIS)
+    for i in tl.static_range(1, GROUP):
+        state = FOLD(*state, *_state_of(group[i], first + i, last, o_tile, m_k, nr, r_sizes, params, LANE, BLOCK, HOW, STEPPED, BOUNDED,
+                                        BLOCK_R, AXIS))
+    if LOOP:
+        for step in range(first + GROUP, last, GROUP):
+            group = ahead
+            ahead = _fetch_group(ins, o_k, step + GROUP, last, o_tile, m_k, nr, r_sizes, r_strides, OTHER, EVICT, STEPPED, BOUNDED,
+                             BLOCK_R, GROUP)
+            for i in tl.static_range(GROUP):
+                state = FOLD(*state, *_state_of(group[i], step + i, last, o_tile, m_k, nr, r_sizes, params, LANE, BLOCK, HOW, STEPPED,
+                                                BOUNDED, BLOCK_R, AXIS))
     if BLOCK is None:
-        state = LANE(*x, r, params)
-        if LOOP:
-            for step in range(first + 1, last):
-                x, r, m = _fetch(ins, o_k, step, o_tile, m_k, nr, r_sizes, r_strides, HOW, OTHER, STEPPED, BLOCK_R)
-                state = FOLD(*state, *LANE(*x, r, params))
-        result = tree(state, MERGE, AXIS)
-    else:
-        result = BLOCK(*x, m, AXIS)
-        if LOOP:
-            for step in range(first + 1, last):
-                x, r, m = _fetch(ins, o_k, step, o_tile, m_k, nr, r_sizes, r_strides, HOW, OTHER, STEPPED, BLOCK_R)
-                result = MERGE(*result, *BLOCK(*x, m, AXIS))
+        state = tree(state, MERGE, AXIS)
     if SPLIT:
-        _store_all(outs, i_s * nk + k, result, m_out)
+        _store_all(outs, i_s * nk + k, state, m_out)
     else:
-        _store_all(outs, offset_of(k, k_sizes, out_strides), POST(result, n, params), m_out)
+        _store_all(outs, offset_of(k, k_sizes, out_strides), POST(state, n, params), m_out)
 
 
 @triton.jit
@@ -530,19 +573,35 @@ def merge_kernel(outs, states, nk, splits, n, k_sizes, out_strides, params, MERG
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a reduction of [nk, nr] is shared out: tile, programs along r, and warps a program."""
+    """How a reduction of [nk, nr] is shared out: tile, programs along r, warps a program, and steps loaded together."""
 
     block_k: int
     block_r: int
     splits: int = 1
     warps: int = 4
+    group: int = 1
 
 
 _INTERPRETED_TILE = 1 << 16
-_TILE_BYTES = 16384  # of input a program has in flight: four 16-byte loads in each of 256 threads
+_STEP_BYTES = 4096  # of input in a step of a loop: a 16-byte load in each of 256 threads
+_GROUP = 4  # steps loaded together: 64 bytes in flight a thread
+_TILE_BYTES = _STEP_BYTES * _GROUP  # what a program without a loop takes, if the reduced dimension is the slower one
 _SHORTEST_STEP = 256  # elements of the fastest reduced dimension, if a step is not to cross it
 _LONGEST_ROW = 8192  # elements that a program takes without a loop
 _WARPS = ((1024, 2), (2048, 4), (1 << 30, 8))  # (elements of a tile at most, warps)
+
+
+_STREAMED = 1 << 25  # bytes of input, of which a cache keeps too little for a second reader
+_LINE_BYTES = 128
+
+
+def eviction(moved: int, fastest_stride: int, run_bytes: int) -> str:
+    """How inputs of ``moved`` bytes go through the cache.
+
+    What is too large to be found there again is the first to go, so that it does not push out what other kernels left:
+    that would have to be written to memory meanwhile. Only for whole cache lines, ``run_bytes`` in one piece.
+    """
+    return "evict_first" if moved >= _STREAMED and fastest_stride == 1 and run_bytes >= _LINE_BYTES else ""
 
 
 def _ladder(steps: Sequence[tuple[int, int]], n: int) -> int:
@@ -559,12 +618,14 @@ def choose(nk: int, row: int, repeats: int, inner: bool, itemsize: int, states: 
         block_k = min(power_of_2(nk), _INTERPRETED_TILE // block_r)
         steps = -(-row // block_r) * repeats
         return Schedule(block_k, block_r, min(steps, 4) if nk == 1 else 1)
-    # Blocks of state stay in registers, so more of them mean a smaller tile.
-    tile = max(_TILE_BYTES // itemsize // min(states, 2), 1024)
     fitting = power_of_2(max(row, 1))
     busy = 2 * target.multiprocessors
+    # Every lane of a step keeps its blocks of state in registers.
+    step = max(_STEP_BYTES // itemsize, 256)
+    tile = max(_TILE_BYTES // itemsize // min(states, 2), 1024)
+    group = 1
     if inner:
-        block_r = fitting if row <= _LONGEST_ROW // min(states, 2) else min(tile, fitting)
+        block_r = fitting if row <= _LONGEST_ROW // min(states, 2) else min(step, fitting)
         block_k = max(min(tile // 2 // block_r, power_of_2(nk)), 1)
         while block_k > 1 and -(-nk // block_k) < busy:
             block_k //= 2
@@ -577,13 +638,19 @@ def choose(nk: int, row: int, repeats: int, inner: bool, itemsize: int, states: 
         # Few rows: the tile grows along k instead, while that leaves enough programs.
         while block_r * block_k < tile // 4 and -(-nk // (block_k * 2)) >= 2 * busy:
             block_k *= 2
+        if -(-row // block_r) * repeats > 1:
+            block_r = max(min(step // block_k, block_r), 1)
+    steps = -(-row // block_r) * repeats
     warps = _ladder(_WARPS, block_k * block_r)
-    programs, steps = -(-nk // block_k), -(-row // block_r) * repeats
+    if steps > 1:
+        warps = min(max(block_k * block_r * itemsize // 512, 1), 8)
+        group = min(_GROUP, power_of_2(steps))
+    programs, groups = -(-nk // block_k), -(-steps // group)
     splits = 1
-    if programs < busy and steps >= 8:
+    if programs < busy and groups >= 8:
         # 32 warps on each multiprocessor, and no program more than that in a second wave.
-        splits = max(min(steps, target.multiprocessors * (32 // warps) // programs), 1)
-    return Schedule(block_k, block_r, splits, warps)
+        splits = max(min(groups, target.multiprocessors * (32 // warps) // programs), 1)
+    return Schedule(block_k, block_r, splits, warps, group)
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
@@ -748,8 +815,11 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
     block_r = schedule.block_r
     total = -(-row // block_r) * repeats
     splits = max(min(schedule.splits, total), 1)
-    steps = -(-max(total, 1) // splits)
+    steps = -(-max(total, 1) // (splits * schedule.group)) * schedule.group
     splits = -(-max(total, 1) // steps)
+    run = min(row, block_r) if inner else min(nk, schedule.block_k)
+    fastest_stride = fastest if inner else min((st for st in k_steps[0] if st), default=0)
+    evict = eviction(moved, fastest_stride, run * sources[0].meta.dtype.itemsize)
     k_sizes = tuple([Size(s) for s in kept.sizes[:-1]])
     # The fastest one bounds the mask of a step, so that its divisibility makes wide loads.
     r_sizes = tuple([s if d == 0 and stepped else Size(s) for d, s in enumerate(reduced.sizes[:-1])])
@@ -769,8 +839,9 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
         (into, tuple([s.ref for s in sources]), nk, nr, Size(nr), Size(total), Size(steps), k_sizes, r_sizes, out_steps, k_steps,
          r_steps, params),
         (("LANE", how.lane), ("FOLD", fold), ("MERGE", how.merge), ("BLOCK", how.block), ("POST", how.post), ("OTHER", other),
-         ("HOW", how_loaded), ("INNER", inner), ("STEPPED", stepped), ("LOOP", steps > 1), ("SPLIT", splits > 1), ("WIDE", wide),
-         ("BLOCK_K", schedule.block_k), ("BLOCK_R", block_r)), schedule.warps)]
+         ("HOW", how_loaded), ("INNER", inner), ("STEPPED", stepped), ("LOOP", total > 1 and steps > schedule.group),
+         ("SPLIT", splits > 1), ("WIDE", wide), ("EVICT", evict),
+         ("BLOCK_K", schedule.block_k), ("BLOCK_R", block_r), ("GROUP", schedule.group if total > 1 else 1)), schedule.warps)]
     if splits > 1:
         block_s = power_of_2(splits)
         identity = tuple([torch.iinfo(index).max if d == "index" else v for d, v in zip(how.states(compute), how.identity(compute))])

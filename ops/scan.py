@@ -207,10 +207,16 @@ def scan_kernel(outs, p_in, totals, nk, n, steps, splits, k_sizes, in_steps, out
             carry = (c0, tl.full([BLOCK_K], IDENTITY[1], STATES[1]))
     first = i_s * steps
     if LOOP:
-        for step in range(first, tl.minimum(first + steps, tl.cdiv(n, BLOCK_N))):
+        last = tl.minimum(first + steps, tl.cdiv(n, BLOCK_N))
+        r = first * BLOCK_N + r_tile
+        ahead = tl.load(p_row + r * in_stride, mask=m_k & (r < n), other=OTHER)
+        for step in range(first, last):
+            x = ahead.to(HOW[0]).to(HOW[1])
+            # The next tile is on its way while this one is scanned.
+            r = (step + 1) * BLOCK_N + r_tile
+            ahead = tl.load(p_row + r * in_stride, mask=m_k & (r < n) & (step + 1 < last), other=OTHER)
             r = step * BLOCK_N + r_tile
             m = m_k & (r < n)
-            x = tl.load(p_row + r * in_stride, mask=m, other=OTHER).to(HOW[0]).to(HOW[1])
             state = scan_tile(LANE(x, r, params), carry, SCAN, AXIS)
             _store_all(outs, o_row + r * out_stride, POST(state, n, params), m)
             if len(STATES) == 1:
@@ -351,7 +357,7 @@ def scan_plan(call: Call, how: Scan, dim: int, common: torch.dtype, compute: tor
             (totals, (Arg(0),), nk, n, Size(n), Size(steps), Size(each), k_sizes, (), (), (in_steps,), ((stride[axis],),), ()),
             (("LANE", how.lane), ("FOLD", how.scan), ("MERGE", how.reduction.merge), ("BLOCK", None), ("POST", how.post),
              ("OTHER", (other,)), ("HOW", (loaded,)), ("INNER", inner), ("STEPPED", False), ("LOOP", each > 1), ("SPLIT", True),
-             ("WIDE", wide), ("BLOCK_K", schedule.block_k), ("BLOCK_R", schedule.block_n)), schedule.warps))
+             ("WIDE", wide), ("EVICT", ""), ("BLOCK_K", schedule.block_k), ("BLOCK_R", schedule.block_n), ("GROUP", 1)), schedule.warps))
     launches.append(Launch(
         scan_kernel, (grid_k, splits, 1),
         (outs, Arg(0), totals, nk, n, Size(each), Size(splits), k_sizes, in_steps, out_steps, stride[axis],
