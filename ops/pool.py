@@ -42,6 +42,7 @@ from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
 
 _FLOATING = dtype(*FLOAT)
+_FLOATING_INPUT = dtype(*FLOAT, arg="self")  # indices are int64
 
 # -- windows of one dimension ------------------------------------------------------------------------------------------
 #
@@ -65,12 +66,15 @@ def fixed_start(o, parameters, KIND: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def fixed_count(o, parameters, KIND: tl.constexpr, D: tl.constexpr):
-    """By how many elements an average over window o divides; padding counts if KIND says so, what is behind it never."""
+    """By how many elements an average over window o divides; padding counts if KIND says so, what is behind it never.
+
+    A window of no elements sums to 0, divided by 1.
+    """
     first = o * KIND[D][1] - KIND[D][2]
     if KIND[D][4]:
-        return tl.minimum(first + KIND[D][0], parameters[0] + KIND[D][2]) - first
+        return tl.maximum(tl.minimum(first + KIND[D][0], parameters[0] + KIND[D][2]) - first, 1)
     else:
-        return tl.minimum(first + KIND[D][0], parameters[0]) - tl.maximum(first, 0)
+        return tl.maximum(tl.minimum(first + KIND[D][0], parameters[0]) - tl.maximum(first, 0), 1)
 
 
 @triton.jit
@@ -527,12 +531,12 @@ def _max_pool_backward(call: Call, rank: int) -> Plan:
     return max_backward_plan(call, (Arg(0), grad), (Arg(7), index), x, fixed_pool(x, found, output), like_suggested(x, rank + 2))
 
 
-@planned("aten.max_pool2d_with_indices_backward.default", _FLOATING, family="pool", kernel=max_pool_backward_kernel)
+@planned("aten.max_pool2d_with_indices_backward.default", _FLOATING_INPUT, family="pool", kernel=max_pool_backward_kernel)
 def max_pool2d_with_indices_backward(call: Call) -> Plan:
     return _max_pool_backward(call, 2)
 
 
-@planned("aten.max_pool3d_with_indices_backward.default", _FLOATING, family="pool", kernel=max_pool_backward_kernel)
+@planned("aten.max_pool3d_with_indices_backward.default", _FLOATING_INPUT, family="pool", kernel=max_pool_backward_kernel)
 def max_pool3d_with_indices_backward(call: Call) -> Plan:
     return _max_pool_backward(call, 3)
 
@@ -660,13 +664,13 @@ def adaptive_max_pool3d(call: Call) -> Plan:
     return max_plan(call, x, adaptive_pool(x, adaptive_sizes(x, 3, output_size)), False)
 
 
-@planned("aten.adaptive_max_pool2d_backward.default", _FLOATING, family="pool", kernel=max_pool_backward_kernel)
+@planned("aten.adaptive_max_pool2d_backward.default", _FLOATING_INPUT, family="pool", kernel=max_pool_backward_kernel)
 def adaptive_max_pool2d_backward(call: Call) -> Plan:
     grad, x, pool = _adaptive_backward(call, 2)
     return max_backward_plan(call, (Arg(0), grad), (Arg(2), call.args[2]), x, pool, like_suggested(x, 4))
 
 
-@planned("aten.adaptive_max_pool3d_backward.default", _FLOATING, family="pool", kernel=max_pool_backward_kernel)
+@planned("aten.adaptive_max_pool3d_backward.default", _FLOATING_INPUT, family="pool", kernel=max_pool_backward_kernel)
 def adaptive_max_pool3d_backward(call: Call) -> Plan:
     grad, x, pool = _adaptive_backward(call, 3)
     return max_backward_plan(call, (Arg(0), grad), (Arg(2), call.args[2]), x, pool, False)
