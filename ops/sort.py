@@ -19,6 +19,7 @@ Y. Birk, "Merge path" (2012). Order, ties, strides and dtypes as measured agains
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,8 +27,9 @@ import torch
 import triton
 import triton.language as tl
 
+from gemsmode.ops.copy import same
 from gemsmode.ops.layout import preserved_strides
-from gemsmode.ops.pointwise import power_of_2
+from gemsmode.ops.pointwise import Operand, build, power_of_2
 from gemsmode.ops.promotion import ALL
 from gemsmode.ops.reduction import INTERPRETED, canonical_dims, merge_dims, offset_of
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, stride
@@ -468,18 +470,42 @@ def _along(step: int, size: int) -> int | Size:
     return 1 if step == 1 or size == 1 else Size(step)
 
 
+def flat_rows(meta: TensorMeta) -> Rows:
+    """All elements of ``meta`` as one row, once they are in order in memory."""
+    return Rows(meta, 1, meta.numel, (), (), (), 1, 1)
+
+
+def flattened(call: Call, index: int, allocs: list[Alloc]) -> tuple[Any, list[Launch]]:
+    """Where the elements of argument number ``index`` are in order in memory, and the launch that puts them there if need be."""
+    meta = call.args[index]
+    if meta.is_contiguous:
+        return Arg(index), []
+    operand = Operand(Arg(index), meta, meta.dtype, meta.dtype)
+    copied = build(call, same, [operand], [meta.dtype], meta.shape, contiguous_strides(meta.shape))
+    allocs.append(copied.allocs[0])
+    moved = Out(len(allocs) - 1)
+    return moved, [step._replace(args=_with(step.args, Out(0), moved)) for step in copied.launches]
+
+
+def _with(args: tuple[Any, ...], old: Out, new: Out) -> tuple[Any, ...]:
+    return tuple([_with(a, old, new) if a.__class__ is tuple else new if a.__class__ is Out and a == old else a for a in args])
+
+
 class Sorting:
     """Collects the launches that sort rows and the allocations that they need.
 
     Args:
         target: what they run on.
+        source: the tensor whose rows are sorted.
         values, indices: where results go, each a tuple of one reference or none.
         allocs: allocations made so far; workspace is added.
+        launches: launches so far.
     """
 
-    def __init__(self, target: Target, values: tuple[Any, ...], indices: tuple[Any, ...], allocs: list[Alloc]) -> None:
-        self.target, self.values, self.indices, self.allocs = target, values, indices, allocs
-        self.launches: list[Launch] = []
+    def __init__(self, target: Target, source: Any, values: tuple[Any, ...], indices: tuple[Any, ...], allocs: list[Alloc],
+                 launches: Sequence[Launch] = ()) -> None:
+        self.target, self.source, self.values, self.indices, self.allocs = target, source, values, indices, allocs
+        self.launches = list(launches)
 
     def _workspace(self, how: Keys, count: int) -> tuple[Out, ...]:
         refs = tuple([Out(len(self.allocs) + i) for i in range(len(how.dtypes))])
@@ -491,7 +517,7 @@ class Sorting:
         tiles = -(-n // (1 << schedule.log_tile))
         self.launches.append(Launch(
             network_kernel, (-(-rows.count // schedule.block_a), tiles, 1),
-            (self.values if not to else (), self.indices if not to else (), to, Arg(0), source, Size(rows.count), Size(n), Size(tiles),
+            (self.values if not to else (), self.indices if not to else (), to, self.source, source, Size(rows.count), Size(n), Size(tiles),
              Size(k), rows.sizes, rows.steps, rows.out_steps, rows.stride, rows.out_stride),
             (("HOW", tuple(how)), ("BLOCK_A", schedule.block_a), ("LOG_N", schedule.log_tile), ("LOG_K", log_k)), schedule.warps, 1))
 
@@ -535,7 +561,7 @@ class Sorting:
                 rounds, gap = rounds + 1, -(-gap // _WAYS) - 1
             self.launches.append(Launch(
                 merge_kernel, (pairs * tiles, rows.count, 1),
-                (self.values if not to else (), self.indices if not to else (), to, Arg(0), source, Size(length), Size(stored),
+                (self.values if not to else (), self.indices if not to else (), to, self.source, source, Size(length), Size(stored),
                  Size(length_to), Size(run), Size(run_to), Size(tiles), Size(rounds), rows.sizes, rows.steps, rows.out_steps,
                  rows.stride, rows.out_stride),
                 (("HOW", tuple(how)), ("LOG_N", schedule.log_merge), ("WAYS", _WAYS)), schedule.merge_warps, 1))
@@ -560,7 +586,7 @@ def smallest_plan(call: Call, dim: int, descending: bool, k: int | None, preserv
     moved = meta.numel * meta.dtype.itemsize + results * (meta.dtype.itemsize + 8)
     if results == 0:
         return Plan(tuple(allocs), (), (Out(0), Out(1)), {Arg(0): meta}, bytes=moved)
-    sorting = Sorting(call.target, (Out(0),), (Out(1),), allocs)
+    sorting = Sorting(call.target, Arg(0), (Out(0),), (Out(1),), allocs)
     sorting.smallest(rows_of(meta, axis, strides), keys(meta.dtype, n, descending), k)
     return Plan(tuple(allocs), tuple(sorting.launches), (Out(0), Out(1)), {Arg(0): meta}, bytes=moved)
 
