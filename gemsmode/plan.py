@@ -52,13 +52,15 @@ class Num(NamedTuple):
     """The op's argument number ``index``, a Python number passed to the kernel at run time.
 
     ``dtype`` is what the kernel sees: ``"fp32"``, ``"fp64"``, ``"i32"`` or ``"i64"``. ``from_tensor``: the argument is
-    a 0-dim CPU tensor, read on the host, or a float that is cut off to an integer.
+    a 0-dim CPU tensor, read on the host, or a float that is cut off to an integer. ``limits``: the least and the largest
+    number that PyTorch takes here; for others it raises.
     """
 
     index: int  # type: ignore[assignment]
     dtype: str
     item: int | None = None
     from_tensor: bool = False
+    limits: tuple[int, int] | None = None
 
 
 class Size(NamedTuple):
@@ -454,6 +456,8 @@ def _resolve(value: Any, args: tuple[Any, ...], allocated: list[torch.Tensor]) -
         number = args[value.index] if value.item is None else args[value.index][value.item]
         if isinstance(number, torch.Tensor):
             number = number.item()
+        if value.limits is not None:
+            number = _number(number, *value.limits)
         return float(number) if value.dtype.startswith("fp") else int(number)
     if cls is Size:
         return value.value
@@ -506,8 +510,11 @@ def _draw(device_type: str, generator: torch.Generator | None) -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device_type, generator=generator)
 
 
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else int(value)
+def _number(value: Any, least: int | None = None, most: int | None = None) -> Any:
+    number = value.item() if isinstance(value, torch.Tensor) else int(value)
+    if least is not None and most is not None and not least <= number <= most:
+        raise OverflowError(f"{number} is not between {least} and {most}")  # and PyTorch's own error is what the user sees
+    return number
 
 
 class _Names:
@@ -536,6 +543,8 @@ def _argument(value: Any, names: _Names, keep_ones: bool) -> str:
     if cls is Out:
         return f"q{value.index}, "
     if cls is Num:
+        if value.limits is not None:
+            return f"number({_at(value)}, {value.limits[0]}, {value.limits[1]}), "
         return f"number({_at(value)}), " if value.from_tensor else f"{_at(value)}, "
     if cls is At:
         return f"{_argument(value.ref, names, keep_ones)[:-2]} + {names()}, "

@@ -73,7 +73,7 @@ def _check_subtraction(call: Call, common: torch.dtype) -> None:
 # -- sums and products -------------------------------------------------------------------------------------------------
 
 
-@pointwise("aten.add.Tensor", check=check_alpha)
+@pointwise("aten.add.Tensor", ranged={"alpha": 1}, check=check_alpha)
 @triton.jit
 def add(self, other, alpha):
     if self.dtype == tl.int1:
@@ -82,13 +82,13 @@ def add(self, other, alpha):
         return self + other * alpha
 
 
-@pointwise("aten.sub.Tensor", dtypes=NUMERIC, check=_check_subtraction)
+@pointwise("aten.sub.Tensor", dtypes=NUMERIC, ranged={"alpha": -1}, check=_check_subtraction)
 @triton.jit
 def sub(self, other, alpha):
     return self - other * alpha
 
 
-@pointwise("aten.rsub.Tensor", dtypes=NUMERIC, check=_check_subtraction)
+@pointwise("aten.rsub.Tensor", dtypes=NUMERIC, ranged={"alpha": -1}, check=_check_subtraction)
 @triton.jit
 def rsub(other, self, alpha):  # in this order, which decides on the strides of the result
     return other - self * alpha
@@ -109,7 +109,8 @@ def _check_add_relu(call: Call, common: torch.dtype) -> None:
         raise Decline("several dtypes")
 
 
-@pointwise("aten._add_relu.Tensor", dtypes=(torch.float32, torch.float64, torch.int8, torch.int32, torch.int64), check=_check_add_relu)
+@pointwise("aten._add_relu.Tensor", dtypes=(torch.float32, torch.float64, torch.int8, torch.int32, torch.int64), ranged={"alpha": 1},
+           check=_check_add_relu)
 @triton.jit
 def add_relu(self, other, alpha):
     total = self + other * alpha

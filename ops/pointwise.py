@@ -19,7 +19,7 @@ Every function computes in float32 for 16-bit floats (``compute="result"`` keeps
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -288,6 +288,17 @@ def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype
     return Operand(Num(index, kind, None, to_read), None, common if round_number else compute, compute)
 
 
+_LIMITS = {d: (-torch.iinfo(d).max if d == torch.uint8 else torch.iinfo(d).min, torch.iinfo(d).max)
+           for d in (torch.uint8, torch.int8, torch.int16, torch.int32)}
+"""What PyTorch lets an integer be that it converts to a narrow dtype; negative numbers wrap in uint8."""
+
+
+def _within_limits(operand: Operand, dtype: torch.dtype, sign: int) -> Operand:
+    assert isinstance(operand.ref, Num)
+    least, most = _LIMITS[dtype]
+    return operand._replace(ref=operand.ref._replace(limits=(least, most) if sign > 0 else (-most, -least)))
+
+
 @functools.cache
 def _how(kinds: tuple[tuple[int, torch.dtype, torch.dtype], ...]) -> tuple[Any, ...]:
     return tuple((kind, TRITON[common], TRITON[compute]) for kind, common, compute in kinds)
@@ -475,7 +486,7 @@ declarations: list[Declaration] = []
 def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = ALL, promote: Sequence[str] | None = None,
               keep: Sequence[str] = (), compute: str | Callable[[torch.dtype], torch.dtype] = "opmath", round_numbers: bool = False,
               outputs: Sequence[torch.dtype | None] = (None,), select: Callable[[Call], Any] | None = None,
-              by_value: Sequence[str] = (), check: Callable[[Call, torch.dtype], None] | None = None,
+              by_value: Sequence[str] = (), ranged: Mapping[str, int] = {}, check: Callable[[Call, torch.dtype], None] | None = None,
               out_stride: Callable[[Call], tuple[int, ...] | None] | None = None, flops: int = 1,
               name: str | None = None, family: str = "pointwise") -> Callable[[Any], Any]:
     """Declare a pointwise op.
@@ -494,6 +505,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
         outputs: a dtype for each result, None for the dtype that ``kind`` gives.
         select: picks the scalar function for a call (by a mode string, say) instead of the decorated one.
         by_value: names of number arguments whose value ``select`` or ``check`` looks at.
+        ranged: number arguments that PyTorch rejects if the promoted integer dtype cannot hold them (others wrap): their
+            names, with -1 where it is the negative number that must fit, else 1.
         check: raises :class:`~gemsmode.plan.Decline` for calls not served; given the call and the promoted dtype.
         out_stride: the strides of a new result where they are not ``TensorIterator``'s choice (:func:`like_input`).
         flops: operations an element, for reports.
@@ -547,6 +560,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
                 value = args[i]
                 if n in keep and value.__class__ is TensorMeta:
                     operands.append(as_operand(call, i, value.dtype, value.dtype))
+                elif n in ranged and common in _LIMITS and value.__class__ is not TensorMeta:
+                    operands.append(_within_limits(as_operand(call, i, common, inner, round_numbers), common, ranged[n]))
                 else:
                     operands.append(as_operand(call, i, common, inner, round_numbers))
             if all(o.meta is None for o in operands):

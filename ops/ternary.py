@@ -168,7 +168,7 @@ def _check_value(call: Call, common: torch.dtype) -> None:
         raise Decline("a value of another kind than the tensors")
 
 
-@pointwise("aten.addcmul.default", dtypes=NUMERIC, check=_check_value, flops=3)
+@pointwise("aten.addcmul.default", dtypes=NUMERIC, ranged={"value": 1}, check=_check_value, flops=3)
 @triton.jit
 def addcmul(self, tensor1, tensor2, value):
     return self + value * tensor1 * tensor2

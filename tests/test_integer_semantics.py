@@ -72,6 +72,20 @@ def test_alpha_wraps_around(mode: GemsMode, device: str, dtype: torch.dtype) -> 
         same_on_cpu(mode, "sub.Tensor", a, b, alpha=alpha)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS[:4], ids=str)
+@pytest.mark.parametrize("name", ["add.Tensor", "sub.Tensor", "rsub.Tensor", "addcmul"])
+def test_numbers_out_of_range_are_rejected(mode: GemsMode, device: str, name: str, dtype: torch.dtype) -> None:
+    """``alpha`` and ``value`` must fit the dtype; of differences it is the negative number that must."""
+    x, info = torch.ones(5, dtype=dtype, device=device), torch.iinfo(dtype)
+    sign, least = -1 if "sub" in name else 1, -info.max if info.min == 0 else info.min
+    tensors, argument = ((x, x, x), "value") if name == "addcmul" else ((x, x), "alpha")
+    for number in (info.max, least):
+        same_on_cpu(mode, name, *tensors, **{argument: sign * number})
+    for number in (info.max + 1, least - 1, 2**40):
+        with pytest.raises(RuntimeError, match="without overflow"), mode:
+            find_op(name)(*tensors, **{argument: sign * number})
+
+
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("name", ["floor_divide", "remainder.Tensor", "fmod.Tensor"])
 def test_division(mode: GemsMode, device: str, name: str, dtype: torch.dtype) -> None:
