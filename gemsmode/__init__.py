@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from gemsmode.errors import (
+    CaptureError,
     DryRunError,
     DuplicateRuleError,
     GemsError,
@@ -19,6 +20,7 @@ from gemsmode.errors import (
     UnknownOpError,
 )
 from gemsmode.explain import Explanation, explain
+from gemsmode.graphs import Captured, capture
 from gemsmode.mode import GemsMode, disable, enable, load_ops
 from gemsmode.predicates import Predicate, contiguous, device, dtype, floating, ndim, not_complex, numel, on_gpu, value, where
 from gemsmode.registry import Registry, Rule, rule
@@ -27,10 +29,10 @@ from gemsmode.signature import Call, TensorMeta
 __version__ = "0.1.0"
 
 __all__ = [
-    "Call", "DryRunError", "DuplicateRuleError", "Explanation", "GemsError", "GemsMode", "MismatchError", "MismatchWarning",
-    "Predicate", "Registry", "Rule",
-    "RuleDeclarationError", "RuleFailedError", "TensorMeta", "UnknownOpError", "contiguous", "device", "disable", "dtype",
-    "enable", "explain", "floating", "load_ops", "ndim", "not_complex", "numel", "on_gpu", "rule", "value", "where",
+    "Call", "CaptureError", "Captured", "DryRunError", "DuplicateRuleError", "Explanation", "GemsError", "GemsMode",
+    "MismatchError", "MismatchWarning", "Predicate", "Registry", "Rule", "RuleDeclarationError", "RuleFailedError",
+    "TensorMeta", "UnknownOpError", "capture", "contiguous", "device", "disable", "dtype", "enable", "explain", "floating",
+    "load_ops", "ndim", "not_complex", "numel", "on_gpu", "rule", "value", "where",
 ]
 
 

@@ -46,3 +46,7 @@ class MismatchWarning(UserWarning):
 
 class DryRunError(GemsError, RuntimeError):
     """What a dry run cannot do on this machine."""
+
+
+class CaptureError(GemsError, RuntimeError):
+    """What :func:`gemsmode.capture` cannot put into a CUDA graph."""

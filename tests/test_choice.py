@@ -536,7 +536,7 @@ def test_real_timing_on_a_gpu(device: str) -> None:
 
 
 def test_options(x: torch.Tensor, spy: Spy) -> None:
-    with pytest.raises(ValueError, match="prefer is 'rules' .* not 'fast'"):
+    with pytest.raises(ValueError, match=r"prefer is 'rules' .* not 'fast'"):
         GemsMode(prefer="fast")
     with pytest.raises(ValueError, match="dry run"):
         GemsMode(prefer="fastest", dry_run="cuda:90")
