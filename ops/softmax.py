@@ -29,6 +29,7 @@ from gemsmode.ops.rows import (
     row_offsets,
     sizes_argument,
     split_rows,
+    unravel,
     warps,
 )
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides
@@ -105,6 +106,31 @@ def softmax_kernel(p_out, p_x, sizes, n_rows, n, out_rows, x_rows, out_column, x
         result = tl.where(some == 0, 0.0, result)
     o_out = row_offsets(o_row, i_outer, sizes, out_rows, GATHER)[:, None] + (o_column * out_column)[None, :]
     tl.store(p_out + o_out, result.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_rows_kernel(p_out, p_x, sizes, n_rows, n, out_rows, x_rows, out_column, x_column, LOG: tl.constexpr,
+                        SAFE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows that fill a multiprocessor's registers: a program takes many and loads the next while it computes. Grid: programs."""
+    o_column = column_range(0, BLOCK_N, WIDE)
+    mask = o_column < n
+    i_first = tl.program_id(0)
+    if WIDE:
+        i_first = i_first.to(tl.int64)
+    ahead = tl.load(p_x + unravel(i_first, sizes, x_rows) + o_column * x_column, mask=mask & (i_first < n_rows), other=NEGATIVE_INFINITY)
+    for i_row in range(i_first, n_rows, tl.num_programs(0)):
+        raw = ahead
+        i_next = i_row + tl.num_programs(0)
+        ahead = tl.load(p_x + unravel(i_next, sizes, x_rows) + o_column * x_column, mask=mask & (i_next < n_rows),
+                        other=NEGATIVE_INFINITY)
+        x = raw.to(ACC)
+        m = tl.max(x, axis=0)
+        s = tl.sum(tl.where(mask, tl.exp(x - m), 0.0), axis=0)
+        result = value(x, m, s, LOG)
+        if SAFE:
+            some = tl.max((raw != NEGATIVE_INFINITY).to(tl.int32), axis=0)
+            result = tl.where(some == 0, 0.0, result)
+        tl.store(p_out + unravel(i_row, sizes, out_rows) + o_column * out_column, result.to(p_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -299,6 +325,10 @@ def _dimension(meta: TensorMeta, dim: int) -> int:
     return dim % rank
 
 
+_FILLS_REGISTERS = 16384
+"""Elements of a row of which a multiprocessor holds one at a time, computed in float32, while it has room for the next in 16 bits."""
+
+
 def _launches(call: Call, forward: bool, rows: Rows, tensors: tuple[Any, ...], wide: bool, acc: torch.dtype,
               flags: tuple[tuple[str, Any], ...], workspace: int) -> tuple[tuple[Alloc, ...], tuple[Launch, ...]]:
     """Workspace and launches; ``tensors`` are the result and the operands, in the order of ``rows``' strides."""
@@ -329,6 +359,12 @@ def _launches(call: Call, forward: bool, rows: Rows, tensors: tuple[Any, ...], w
         programs = -(-rows.row_sizes[0] // tile.rows) * (n_rows // rows.row_sizes[0])
     if programs >= 2**31:
         raise Decline("too many rows for one launch")
+    at_once = 2 if call.target.interpreted else call.target.multiprocessors * max(32 // tile.warps, 1)
+    fills = tile.rows == 1 and not tile.loops and tile.columns >= _FILLS_REGISTERS and call.args[0].dtype.itemsize == 2
+    if forward and fills and tile.gather and n_rows >= 2 * at_once:
+        constants = (*flags, ("WIDE", wide), ("BLOCK_N", tile.columns))
+        return (), (Launch(softmax_rows_kernel, (at_once, 1, 1), (*tensors, sizes, Size(n_rows), n, *per_row, *per_column), constants,
+                           warps(tile.warps, call.target)),)
     kernels = (softmax_kernel, softmax_loop_kernel) if forward else (backward_kernel, backward_loop_kernel)
     constants = (*flags, ("GATHER", tile.gather), ("WIDE", wide), ("BLOCK_R", tile.rows), ("BLOCK_N", tile.columns))
     step = Launch(kernels[tile.loops], (programs, 1, 1), (*tensors, sizes, Size(n_rows), n, *per_row, *per_column), constants,

@@ -15,6 +15,7 @@ import gemsmode
 from gemsmode import registry
 from gemsmode.handlers import Policy
 from gemsmode.registry import find_op
+from gemsmode.signature import TensorMeta
 from gemsmode.target import Target
 
 gemsmode.load_ops()
@@ -117,6 +118,23 @@ def test_long_rows(n: int, device: str) -> None:
         y = torch.log_softmax(x, 1)
         expected = g.double() - y.double().exp() * g.double().sum(1, keepdim=True)
         torch.testing.assert_close(run(BACKWARD[1], g, y, 1, torch.float32).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 40_000), (3, 3, 33_000)])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_rows_that_fill_the_registers(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
+    """Each program takes several rows, the last ones fewer; the rows lie in two dimensions that do not merge."""
+    x = torch.randn(*shape, device=device) * 3
+    x.view(-1, shape[-1])[0] = -INF
+    x.view(-1, shape[-1])[1, 7] = 1e4
+    x = torch.cat([x, x], 0).to(dtype)[::2] if len(shape) == 3 else x.to(dtype)
+    if device == "cuda":
+        x = x.repeat(torch.cuda.get_device_properties(0).multi_processor_count, *[1] * (x.ndim - 1))
+    planned = Policy(registry.default).handler(find_op(FORWARD[0])).decide((TensorMeta.of(x), x.ndim - 1, False), bind=False).plan
+    assert planned is not None and [step.kernel for step in planned.launches] == [softmax.softmax_rows_kernel]
+    for name in FORWARD:
+        check(name, x, x.ndim - 1, False)
+    check("aten._safe_softmax.default", x, x.ndim - 1, None)
 
 
 @pytest.mark.parametrize("scheme", ["loop", "split", "loop along rows"])
