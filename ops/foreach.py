@@ -180,19 +180,37 @@ def foreach_zero(call: Call) -> Plan:
 
 
 @triton.jit
-def adamw_kernel(params, grads, averages, squares, steps, first, counts, rate, beta1, beta2, decay, eps, MAXIMIZE: tl.constexpr,
-                 DECOUPLED: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _scaling(scales, found, COMPUTE: tl.constexpr):
+    """What gradients are to be divided by, and whether the step is taken: not if something was not finite."""
+    scale = tl.full((), 1.0, COMPUTE)
+    if len(scales) > 0:
+        scale = tl.load(scales[0]).to(COMPUTE)
+    taken = tl.full((), 1, tl.int32)
+    if len(found) > 0:
+        taken = (tl.load(found[0]) != 1.0).to(tl.int32)
+    return scale, taken
+
+
+@triton.jit
+def adamw_kernel(params, grads, averages, squares, largest, steps, scales, found, first, counts, rates, beta1, beta2, decay, eps,
+                 MAXIMIZE: tl.constexpr, DECOUPLED: tl.constexpr, LOADED: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
+                 BLOCK: tl.constexpr):
     """One Adam (DECOUPLED: AdamW) step of each tensor k, everything read and written once."""
     i_program = tl.program_id(0)
+    scale, taken = _scaling(scales, found, COMPUTE)
+    rate = _rate(rates, LOADED)
     for k in tl.static_range(len(params)):
         if (i_program >= first[k]) & (i_program < first[k + 1]):
             i_block = i_program - first[k]
             if WIDE:
                 i_block = i_block.to(tl.int64)
             o = i_block * BLOCK + tl.arange(0, BLOCK)
-            m = o < counts[k]
+            m = (o < counts[k]) & (taken != 0)
             p = tl.load(params[k] + o, mask=m).to(COMPUTE)
             g = tl.load(grads[k] + o, mask=m).to(COMPUTE)
+            if len(scales) > 0:
+                g = g / scale
+                tl.store(grads[k] + o, g.to(grads[k].dtype.element_ty), mask=m)
             a = tl.load(averages[k] + o, mask=m).to(COMPUTE)
             s = tl.load(squares[k] + o, mask=m).to(COMPUTE)
             step = tl.load(steps[k]).to(tl.float64)
@@ -208,26 +226,47 @@ def adamw_kernel(params, grads, averages, squares, steps, first, counts, rate, b
             a = a + (1.0 - beta1).to(COMPUTE) * (g - a)
             s = beta2.to(COMPUTE) * s + (1.0 - beta2).to(COMPUTE) * g * g
             size = (rate / correction1).to(COMPUTE)
-            p = p - size * a / (tl.sqrt(s) / tl.sqrt(correction2).to(COMPUTE) + eps.to(COMPUTE))
+            root = tl.sqrt(s)
+            if len(largest) > 0:
+                b = tl.load(largest[k] + o, mask=m).to(COMPUTE)
+                b = tl.maximum(b, s, propagate_nan=tl.PropagateNan.ALL)
+                tl.store(largest[k] + o, b.to(largest[k].dtype.element_ty), mask=m)
+                root = tl.sqrt(b)
+            p = p - size * a / (root / tl.sqrt(correction2).to(COMPUTE) + eps.to(COMPUTE))
             tl.store(params[k] + o, p.to(params[k].dtype.element_ty), mask=m)
             tl.store(averages[k] + o, a.to(averages[k].dtype.element_ty), mask=m)
             tl.store(squares[k] + o, s.to(squares[k].dtype.element_ty), mask=m)
 
 
 @triton.jit
-def sgd_kernel(params, grads, buffers, first, counts, decay, momentum, rate, dampening, MAXIMIZE: tl.constexpr, NESTEROV: tl.constexpr,
-               FIRST: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _rate(rates, LOADED: tl.constexpr):
+    """The learning rate: a number, or one element in the device's memory."""
+    if LOADED:
+        return tl.load(rates[0]).to(tl.float64)
+    else:
+        return rates[0]
+
+
+@triton.jit
+def sgd_kernel(params, grads, buffers, scales, found, first, counts, decay, momentum, rates, dampening, MAXIMIZE: tl.constexpr,
+               NESTEROV: tl.constexpr, FIRST: tl.constexpr, LOADED: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
+               BLOCK: tl.constexpr):
     """One SGD step of each tensor k."""
     i_program = tl.program_id(0)
+    scale, taken = _scaling(scales, found, COMPUTE)
+    rate = _rate(rates, LOADED)
     for k in tl.static_range(len(params)):
         if (i_program >= first[k]) & (i_program < first[k + 1]):
             i_block = i_program - first[k]
             if WIDE:
                 i_block = i_block.to(tl.int64)
             o = i_block * BLOCK + tl.arange(0, BLOCK)
-            m = o < counts[k]
+            m = (o < counts[k]) & (taken != 0)
             p = tl.load(params[k] + o, mask=m).to(COMPUTE)
             g = tl.load(grads[k] + o, mask=m).to(COMPUTE)
+            if len(scales) > 0:
+                g = g / scale
+                tl.store(grads[k] + o, g.to(grads[k].dtype.element_ty), mask=m)
             if MAXIMIZE:
                 g = -g
             g = g + decay.to(COMPUTE) * p
@@ -248,24 +287,30 @@ def sgd_kernel(params, grads, buffers, first, counts, decay, momentum, rate, dam
 def _fused(call: Call, kernel: Any, lists: Sequence[int], scalars: Sequence[int], steps: int | None,
            constants: Sequence[tuple[str, Any]]) -> Plan:
     """A fused step over ``lists`` (an empty list is left out), with ``scalars`` as run-time numbers in float64."""
-    if call["grad_scale"] is not None or call["found_inf"] is not None:
-        raise Decline("gradient scaling inside the step")
     dtype, metas = _lists(call, [i for i in lists if call.args[i]])
-    refs = {Arg(i, k): m for i in lists if call.args[i] for k, m in enumerate(metas)}
+    refs: dict[Arg, TensorMeta] = {Arg(i, k): m for i in lists if call.args[i] for k, m in enumerate(metas)}
     if steps is not None:
         for k, step in enumerate(call.args[steps]):
             if step.device.type != call.target.device_type or step.numel != 1 or step.dtype != torch.float32:
                 raise Decline("step counts that are not float32 scalars on the device")
             refs[Arg(steps, k)] = step
-    numbers = []
+    scaling = []
+    for i in _index(call, "grad_scale", "found_inf"):
+        meta = call.args[i]
+        if meta is not None and (meta.device.type != call.target.device_type or meta.numel != 1 or meta.dtype != torch.float32):
+            raise Decline("a scale that is not one float32 on the device")
+        refs |= {} if meta is None else {Arg(i): meta}
+        scaling.append(() if meta is None else (Arg(i),))
+    rate, = _index(call, "lr")
+    loaded = call.args[rate].__class__ is TensorMeta and call.args[rate].device.type == call.target.device_type
+    numbers: list[Any] = []
     for i in scalars:
-        value = call.args[i]
-        if value.__class__ is TensorMeta:
-            if value.device.type == call.target.device_type and not call.target.interpreted:
-                raise Decline("a learning rate on the device")
-            numbers.append(Num(i, "fp64", None, True))
-        else:
-            numbers.append(Num(i, "fp64"))
+        number: Any = Num(i, "fp64", None, call.args[i].__class__ is TensorMeta)
+        if i == rate and loaded:
+            if call.args[i].dtype not in FLOAT or call.args[i].numel != 1:
+                raise Decline("a learning rate that is not one floating-point number")
+            number, refs[Arg(i)] = Arg(i), call.args[i]
+        numbers.append((number,) if i == rate else number)
     live = [k for k, m in enumerate(metas) if m.numel]
     launches = []
     for at in range(0, len(live), MAX_TENSORS):
@@ -273,11 +318,13 @@ def _fused(call: Call, kernel: Any, lists: Sequence[int], scalars: Sequence[int]
         tile = choose_flat(sum(metas[k].numel for k in group), dtype.itemsize, call.target)
         first = _programs([metas[k] for k in group], tile.x)
         per_list = [tuple(Arg(i, k) for k in group) if call.args[i] else () for i in (*lists, *([steps] if steps is not None else []))]
-        rest = Constants((*constants, ("COMPUTE", TRITON[opmath(dtype)]), ("WIDE", any(metas[k].numel >= 2**31 - 2**17 for k in group)),
-                          ("BLOCK", tile.x)))
-        launches.append(Launch(kernel, (first[-1], 1, 1), (*per_list, tuple(Size(f) for f in first),
+        rest = Constants((*constants, ("LOADED", loaded), ("COMPUTE", TRITON[opmath(dtype)]),
+                          ("WIDE", any(metas[k].numel >= 2**31 - 2**17 for k in group)), ("BLOCK", tile.x)))
+        launches.append(Launch(kernel, (first[-1], 1, 1), (*per_list, *scaling, tuple(Size(f) for f in first),
                                                            tuple(extent(metas[k].numel) for k in group), *numbers), rest, tile.warps))
-    moved = 2 * len(refs) * sum(m.numel for m in metas) // max(len(metas), 1) * dtype.itemsize
+    # Of the lists only the gradients are not written, but where they are unscaled.
+    used = sum(1 for i in lists if call.args[i])
+    moved = (2 * used - (not scaling[0])) * sum(m.numel for m in metas) * dtype.itemsize
     return Plan((), tuple(launches), None, refs, bytes=moved)
 
 
@@ -287,9 +334,11 @@ def _index(call: Call, *names: str) -> list[int]:
 
 
 def _adam(call: Call, decoupled: bool) -> Plan:
-    if call["amsgrad"]:
-        raise Decline("amsgrad")
-    return _fused(call, adamw_kernel, (0, 1, 2, 3), _index(call, "lr", "beta1", "beta2", "weight_decay", "eps"), 5,
+    if not call["amsgrad"]:
+        call = Call(call.op, (*call.args[:4], (), *call.args[5:]), call.target)
+    elif not call.args[4]:
+        raise Decline("amsgrad without what it keeps")
+    return _fused(call, adamw_kernel, (0, 1, 2, 3, 4), _index(call, "lr", "beta1", "beta2", "weight_decay", "eps"), 5,
                   (("MAXIMIZE", bool(call["maximize"])), ("DECOUPLED", decoupled)))
 
 

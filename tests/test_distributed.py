@@ -35,7 +35,8 @@ def test_training_in_two_processes(device: str, tmp_path: Path, request: pytest.
     ways = [] if device == "cuda" or request.config.getoption("--full") else BY_DEFAULT
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(WORKER), device, str(tmp_path), *ways], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run([*torchrun, str(WORKER), device, str(tmp_path), *ways], env=environment, capture_output=True, text=True,
+                          timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0].keys() == ranks[1].keys() and len(ranks[0]) >= len(BY_DEFAULT)
