@@ -245,7 +245,8 @@ def _over_queries(dk, dv, k, v, p_q, p_grad, p_lse, p_delta, bias, p_bias, bias_
     """The queries from `first` to `last` taken into dk [N, D] and dv [N, V].
 
     Scores are held transposed, [N, M], so that they are left operands as they are. Rows after the last query are zeros,
-    and so is what they add.
+    and so is what they add. A causal mask is applied to every block: a loop of its own for those without would cost more
+    in registers than the comparison costs.
     """
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
@@ -299,11 +300,8 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     first = 0
-    whole = 0
     if CAUSAL:
         first = tl.maximum(i_n * BLOCK_N - shift, 0) // BLOCK_M * BLOCK_M
-        # From here on every query sees every key of the block.
-        whole = tl.minimum(tl.cdiv(tl.maximum((i_n + 1) * BLOCK_N - 1 - shift, 0), BLOCK_M) * BLOCK_M, tl.cdiv(m_size, BLOCK_M) * BLOCK_M)
     for member in range(0, group):
         i_h = i_g * group + member
         p_q_head = p_q + i_b * q_strides[0] + i_h * q_strides[1]
@@ -314,13 +312,9 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
             p_bias = bias[0] + i_b * bias_strides[0] + i_h * bias_strides[1]
         else:
             p_bias = p_q_head
-        if CAUSAL:
-            dk, dv = _over_queries(dk, dv, k, v, p_q_head, p_grad_head, p_lse_head, p_delta_head, bias, p_bias, bias_strides, q_strides[2],
-                                   grad_strides[2], lse_strides[2], first, whole, o_n, m_n, m_size, d_size, v_size, shift, scale * LOG2E,
-                                   True, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V)
         dk, dv = _over_queries(dk, dv, k, v, p_q_head, p_grad_head, p_lse_head, p_delta_head, bias, p_bias, bias_strides, q_strides[2],
-                               grad_strides[2], lse_strides[2], whole, m_size, o_n, m_n, m_size, d_size, v_size, shift, scale * LOG2E,
-                               False, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V)
+                               grad_strides[2], lse_strides[2], first, m_size, o_n, m_n, m_size, d_size, v_size, shift, scale * LOG2E,
+                               CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V)
     p_dk += i_b * dk_strides[0] + i_g * dk_strides[1] + row * dk_strides[2]
     p_dv += i_b * dv_strides[0] + i_g * dv_strides[1] + row * dv_strides[2]
     _store(p_dk, dk * scale, rows, o_d, dk_strides[2], m_n, o_d < d_size, MASK_D)
@@ -432,19 +426,19 @@ class Blocks:
 
 Ladder = Sequence[tuple[int, Blocks]]
 
-# By (largest padded head dimension, blocks), for 16-bit inputs. A program of 128 queries has two warp groups of 64 rows
-# where the accumulator would not fit the registers of one; two programs share a multiprocessor up to a head dimension of 64.
-FORWARD: Ladder = ((64, Blocks(128, 64, 4, 3)), (128, Blocks(128, 128, 8, 2)), (256, Blocks(128, 64, 8, 2)))
-FORWARD_FEW: Ladder = ((128, Blocks(64, 64, 4, 3)), (256, Blocks(64, 32, 4, 2)))
+# By (largest padded head dimension, blocks), for 16-bit inputs: the largest that compile without spills for sm_90. A
+# program of 128 queries has two warp groups of 64 rows; two programs share a multiprocessor up to a head dimension of 64.
+FORWARD: Ladder = ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 3)), (256, Blocks(128, 32, 8, 2)))
+FORWARD_FEW: Ladder = ((128, Blocks(64, 64, 4, 3)), (256, Blocks(64, 32, 8, 2)))
 """For at most 64 queries."""
 DECODE: Ladder = ((128, Blocks(16, 64, 4, 3)), (256, Blocks(16, 32, 4, 3)))
 """For at most 16 queries: keys and values are read once, and bandwidth decides."""
-GRAD_KEY_VALUE: Ladder = ((64, Blocks(64, 128, 8, 2)), (128, Blocks(32, 128, 8, 2)), (256, Blocks(32, 64, 8, 1)))
-GRAD_QUERY: Ladder = ((64, Blocks(128, 64, 8, 2)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 1)))
+GRAD_KEY_VALUE: Ladder = ((64, Blocks(64, 128, 8, 2)), (128, Blocks(32, 128, 8, 2)), (256, Blocks(32, 32, 8, 1)))
+GRAD_QUERY: Ladder = ((64, Blocks(128, 64, 8, 2)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(32, 32, 8, 1)))
 
 # The same for float32, whose products are computed without tensor cores: sums take a register each.
 FORWARD_FLOAT: Ladder = ((32, Blocks(64, 32, 4, 2)), (64, Blocks(64, 32, 8, 2)), (128, Blocks(32, 32, 8, 1)), (256, Blocks(16, 16, 8, 1)))
-BACKWARD_FLOAT: Ladder = ((32, Blocks(32, 32, 4, 1)), (64, Blocks(32, 32, 8, 1)), (128, Blocks(16, 16, 8, 1)), (256, Blocks(16, 16, 8, 1)))
+BACKWARD_FLOAT: Ladder = ((32, Blocks(32, 32, 4, 1)), (64, Blocks(32, 32, 8, 1)), (128, Blocks(16, 16, 8, 1)), (256, Blocks(16, 16, 16, 1)))
 
 
 def _rung(ladder: Ladder, d: int) -> Blocks:
@@ -467,8 +461,9 @@ def choose_blocks(kind: str, d: int, m: int, itemsize: int, target: Target) -> B
         # Operands of the tensor cores are held in registers there, so that blocks for two warp groups do not fit.
         blocks = Blocks(min(blocks.m, 64), min(blocks.n, 64 if kind == "key_value" else 32), blocks.warps if d > 64 else 4, 1 if d > 128 else 2)
     held, step = (blocks.n, blocks.m) if kind == "key_value" else (blocks.m, blocks.n)
+    held_rows = held if kind == "forward" else 2 * held  # the queries; or keys and values, or queries and gradients
     stages = blocks.stages
-    while stages > 1 and 2 * d * itemsize * (held + stages * step) > target.shared_memory:
+    while stages > 1 and d * itemsize * (held_rows + stages * 2 * step) > target.shared_memory:
         stages -= 1
     return Blocks(blocks.m, blocks.n, blocks.warps, stages)
 

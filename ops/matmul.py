@@ -2,10 +2,11 @@
 
     a [B, M, K], b [B, K, N], c [B, M, N] (broadcast by strides of 0), out [B, M, N]
 
-Three kernels. :func:`gemm_kernel` computes tiles with ``tl.dot``, :func:`matvec_kernel` is for products with a vector,
-where every element of the matrix is used once and bandwidth decides, and :func:`combine_kernel` adds up partial
+Three kernels here. :func:`gemm_kernel` computes tiles with ``tl.dot``, :func:`matvec_kernel` is for products with a
+vector, where every element of the matrix is used once and bandwidth decides, and :func:`combine_kernel` adds up partial
 results: where there are too few tiles to fill the device K is split, each part is written in float32 (float64), and the
 parts are added in a fixed order, so that results are the same from run to run. Transposed operands are read in place.
+Large products of 16-bit floats take the kernels of :mod:`gemsmode.ops.persistent` on GPUs that have what those need.
 
 Sums are accumulated in float32 (float64 for float64) and rounded once, after alpha, beta and the bias. float32 products
 follow ``torch.backends.cuda.matmul`` and ``torch.set_float32_matmul_precision``: IEEE unless TF32 is allowed.
@@ -25,7 +26,9 @@ import triton
 import triton.language as tl
 
 from gemsmode.launch import Constants
+from gemsmode.ops import persistent
 from gemsmode.ops.layout import output_strides
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.pointwise import as_operand, build, power_of_2
 from gemsmode.ops.promotion import FLOAT, TRITON
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, contiguous_strides
@@ -377,6 +380,10 @@ def plan_product(call: Call, product: Product) -> Plan:
     accumulated = torch.float64 if a.meta.dtype == torch.float64 else torch.float32
     acc = TRITON[accumulated]
     wide = k >= 2**30 or count >= 2**31 or any(meta.extent >= 2**31 - 2**20 for meta in metas.values())
+    check_measured("product", call.target, m=m, n=n, k=k, batch=batch, kind=_kind(a.meta.dtype, call.target))
+    tiled = _plan_tiles(call, product) if m > 1 and n > 1 else None
+    if tiled is not None:
+        return tiled
     # One row (column) is a vector; a few columns are the few rows of the transposed product.
     if m == 1 or n == 1:
         rows, matrix, vector = (m, a, (b.batch, b.row)) if n == 1 else (n, b.transposed, (a.batch, a.column))
@@ -422,10 +429,62 @@ def plan_product(call: Call, product: Product) -> Plan:
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k)
 
 
+def _plan_tiles(call: Call, product: Product) -> Plan | None:
+    """The plan with the kernels of :mod:`gemsmode.ops.persistent`, or None where they do not fit."""
+    batch, m, n, k = product.sizes
+    a, b, c, dtype = product.a, product.b, product.c, product.dtype
+    if product.summed or k == 0 or dtype.itemsize != 2 or a.meta.dtype.itemsize != 2 or n % 8:
+        return None
+    shape = persistent.choose_shape(m, n, k, batch, call.target)
+    if shape is None:
+        return None
+    a_by_rows, b_by_rows = persistent.by_rows(a.row, a.column, 2), persistent.by_rows(b.row, b.column, 2)
+    if a_by_rows is None or b_by_rows is None:
+        return None
+    a_stride, b_stride = (a.row if a_by_rows else a.column), (b.row if b_by_rows else b.column)
+    if not (persistent.collapses(batch, a.batch, m if a_by_rows else k, a_stride, shape.m if a_by_rows else shape.k)
+            and persistent.collapses(batch, b.batch, k if b_by_rows else n, b_stride, shape.k if b_by_rows else shape.n)
+            and persistent.collapses(batch, m * n, m, n, shape.m)):
+        return None
+    tiles = -(-m // shape.m) * -(-n // shape.n) * batch
+    if max(tiles, batch * m, batch * n, batch * k) >= 2**31:
+        return None
+    split = persistent.choose_split(shape, tiles, k, batch, call.target)
+    programs = call.target.multiprocessors * shape.resident if not call.target.interpreted else 3
+    c_ref: tuple[Any, ...] = () if c is None else (c.ref,)
+    s_c = (Size(0), Size(0), Size(0)) if c is None else (Size(c.batch), Size(c.row), c.column)
+    common = (("A_BY_ROWS", a_by_rows), ("B_BY_ROWS", b_by_rows), ("BLOCK_M", shape.m), ("BLOCK_N", shape.n), ("BLOCK_K", shape.k),
+              ("GROUP", persistent.GROUP), ("C_ROW", c is not None and c.row == 0))
+    sizes = (Size(batch), Size(m), n, Size(k))
+    allocs: tuple[Alloc, ...] = (Alloc(product.shape, contiguous_strides(product.shape), dtype),)
+    launches: tuple[Launch, ...] = ()
+    if split.whole:
+        launches += (Launch(persistent.tile_kernel, (min(programs, split.whole), 1, 1),
+                            (Out(0), a.ref, b.ref, c_ref, product.scale, *sizes, Size(0), Size(split.whole), 1, Size(0), n, a_stride,
+                             b_stride, s_c), _constants(*common, ("PARTIAL", False), ("SLICES", shape.slices)), shape.warps, shape.stages),)
+    if split.rest:
+        units = split.rest * split.parts
+        allocs += (Alloc((units * shape.m, shape.n), (shape.n, 1), torch.float32),)
+        last = Size(split.whole + split.rest)
+        launches += (
+            Launch(persistent.tile_kernel, (min(units, programs), 1, 1),
+                   (Out(1), a.ref, b.ref, (), (), *sizes, Size(split.whole), last, Size(split.parts), Size(split.part_blocks), shape.n,
+                    a_stride, b_stride, (Size(0), Size(0), Size(0))), _constants(*common[:-1], ("C_ROW", False), ("PARTIAL", True),
+                                                                              ("SLICES", 4)), shape.warps, shape.stages),
+            Launch(persistent.finish_kernel, (split.rest, -(-shape.m // persistent.FINISH_ROWS), 1),
+                   (Out(0), Out(1), c_ref, product.scale, Size(m), n, Size(split.whole), Size(split.parts), n, s_c),
+                   _constants(("C_ROW", c is not None and c.row == 0), ("BLOCK_M", shape.m), ("BLOCK_N", shape.n),
+                              ("ROWS", persistent.FINISH_ROWS), ("GROUP", persistent.GROUP))))
+    metas = {x.ref: x.meta for x in (a, b, c) if x is not None}
+    moved = sum(meta.numel * meta.dtype.itemsize for meta in metas.values()) + batch * m * n * dtype.itemsize
+    return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k, aligned=True)
+
+
 def _combine(target: Target, product: Product, count: int, parts: int, acc: Any) -> Launch:
     _, m, n, _ = product.sizes
     c = product.c
-    block_parts = min(power_of_2(parts), 16)
+    # Few results of many parts (a long dot product) are loaded all at once: a loop over them would wait for each load.
+    block_parts = min(power_of_2(parts), max(16, 2048 // power_of_2(count)))
     block = min(power_of_2(count), 4096 if target.interpreted else max(2048 // block_parts, 1))
     return Launch(combine_kernel, (-(-count // block), 1, 1),
                   (Out(0), Out(1), () if c is None else (c.ref,), product.scale, Size(m), Size(n), count, Size(parts),

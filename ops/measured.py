@@ -39,7 +39,12 @@ def _attention_backward(*, backward: bool, itemsize: int, **_: Any) -> bool:
     return backward and itemsize == 2
 
 
+def _ieee_product(*, kind: str, m: int, n: int, k: int, **_: Any) -> bool:
+    return kind == "ieee" and min(m, n, k) >= 256
+
+
 SLOWER: tuple[Slower, ...] = (
+    Slower("product", 90, "large float32 products without TF32", _ieee_product, "0.81x at 2048x2048x2048 on an H200"),
     Slower("attention", 90, "attention's backward in 16-bit floats", _attention_backward,
            "seven matrix products without atomics where cuDNN needs five; not measured"),
 )
