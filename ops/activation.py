@@ -59,16 +59,15 @@ def leaky_relu(self, negative_slope):
 
 @pointwise("aten.leaky_relu_backward.default", dtypes=FLOAT)
 @triton.jit
-def leaky_relu_backward(grad_output, self, negative_slope):
+def leaky_relu_backward(self, grad_output, negative_slope):  # in this order, as threshold_backward
     # The sign of a result is that of the input, since PyTorch admits self_is_result only for slopes of at least 0.
     return tl.where(self > 0, grad_output, grad_output * negative_slope)
 
 
-def _prelu_strides(call: Call) -> tuple[int, ...]:
-    """Those of ``empty_like(self)``, which PyTorch resizes if ``weight`` broadcasts it."""
+def _prelu_strides(call: Call) -> tuple[int, ...] | None:
+    """Those of ``empty_like(self)``, unless ``weight`` broadcasts it."""
     x, weight = call.args
-    shape = broadcast_shape([x.shape, weight.shape])
-    return preserved_strides(x) if shape == x.shape else contiguous_strides(shape)
+    return preserved_strides(x) if broadcast_shape([x.shape, weight.shape]) == x.shape else None
 
 
 @pointwise("aten._prelu_kernel.default", dtypes=FLOAT, out_stride=_prelu_strides)
@@ -85,12 +84,12 @@ def prelu_kernel_backward(self, weight, grad_output):  # in this order, as thres
 
 
 @triton.jit
-def _times_noise(grad_output, noise):
-    return grad_output * noise
+def _times_noise(noise, grad_output):
+    return noise * grad_output
 
 
 @triton.jit
-def _mean_slope(grad_output, self, lower, upper):
+def _mean_slope(self, grad_output, lower, upper):
     return tl.where(self > 0, grad_output, grad_output * ((lower + upper) / 2))
 
 
@@ -101,7 +100,7 @@ def _in_training(call: Call) -> Any:
 @pointwise("aten.rrelu_with_noise_backward.default", dtypes=FLOAT, select=_in_training, by_value=("lower", "upper"))
 @triton.jit
 def rrelu_with_noise_backward(grad_output, self, noise, lower, upper):
-    return _mean_slope(grad_output, self, lower, upper)
+    return _mean_slope(self, grad_output, lower, upper)
 
 
 @pointwise("aten.hardtanh.default", dtypes=_SIGNED, out_stride=like_input)
@@ -162,7 +161,7 @@ def hardswish(self):
 @triton.jit
 def hardswish_backward(grad_output, self):
     # A quotient, which is -1/2 at -3/2: the product with 1/3 would not be.
-    middle = grad_output * (maths.divide(self, 3.0) + 0.5)
+    middle = grad_output * (maths.divide(self, tl.zeros_like(self) + 3) + 0.5)
     return tl.where(self <= -3, 0.0, tl.where(self < 3, middle, grad_output))
 
 
@@ -363,11 +362,11 @@ def _log_sigmoid_and_buffer(self):
 
 @planned("aten.log_sigmoid_forward.default", dtype(*FLOAT), family="pointwise", kernel=_log_sigmoid)
 def log_sigmoid_forward(call: Call) -> Plan:
-    """(log(sigmoid(self)), buffer): PyTorch's buffer is exp(-\\|self\\|) on the CPU and empty on GPUs."""
+    """(log(sigmoid(self)), buffer): on the CPU both are contiguous, and PyTorch's buffer is exp(-\\|self\\|); on GPUs it is empty."""
     meta = call.args[0]
     operands = [as_operand(call, 0, meta.dtype)]
     if call.target.device_type == "cpu":
-        return build(call, _log_sigmoid_and_buffer, operands, [meta.dtype, meta.dtype], flops=6)
+        return build(call, _log_sigmoid_and_buffer, operands, [meta.dtype, meta.dtype], out_stride=contiguous_strides(meta.shape), flops=6)
     function = _by_width(_fast_log_sigmoid, _log_sigmoid)(call)
     plan = build(call, function, operands, [meta.dtype], flops=6)
     return plan._replace(allocs=(*plan.allocs, Alloc((0,), (1,), meta.dtype)), returns=(Out(0), Out(1)))

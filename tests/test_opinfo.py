@@ -55,6 +55,11 @@ def info_name(info: Any) -> str:
     return next(name for name, other in harness.opinfos().items() if other is info)
 
 
+def unless_brief(items: Any) -> list[Any]:
+    """What a brief run leaves out, since :func:`test_overload` calls the same overloads."""
+    return [] if harness.OPTIONS.brief else list(items)
+
+
 def few(dtypes: list[torch.dtype]) -> list[torch.dtype]:
     """The dtypes in which a default run tests variants."""
     return dtypes if harness.OPTIONS.full else [d for d in dtypes if d in (torch.float32, torch.bfloat16, torch.int64, torch.bool)]
@@ -148,7 +153,10 @@ def test_backward(case: Case) -> None:
     finish(case, failures, intercepted, met)
 
 
-@pytest.mark.parametrize("case", [c for c in cases("forward") if c.info.inplace_variant is not None and not is_foreach(c)], ids=str)
+IN_PLACE = unless_brief(c for c in cases("forward") if c.info.inplace_variant is not None and not is_foreach(c))
+
+
+@pytest.mark.parametrize("case", IN_PLACE, ids=str)
 def test_inplace(case: Case) -> None:
     """``x.op_(...)``: the same object comes back, with PyTorch's values; what PyTorch rejects stays rejected."""
     info, failures, ran = case.info, Failures(), 0
@@ -197,7 +205,10 @@ OUT_OF_PYTORCH: dict[str, str] = {
 """OpInfos whose ``out=`` is no reference, and why."""
 
 
-@pytest.mark.parametrize("case", [c for c in cases("forward") if c.info.supports_out and not is_foreach(c)], ids=str)
+WITH_OUT = unless_brief(c for c in cases("forward") if c.info.supports_out and not is_foreach(c))
+
+
+@pytest.mark.parametrize("case", WITH_OUT, ids=str)
 def test_out(case: Case) -> None:
     """``out=``: of the right layout, empty (PyTorch resizes it), with other strides, and of another dtype."""
     if case.name in OUT_OF_PYTORCH:
@@ -297,8 +308,14 @@ def test_overload(op: OpOverload) -> None:
     if (why := harness.NATIVE_CRASHES.get(short_name(op))) is not None and harness.OPTIONS.device == "cuda":
         pytest.skip(why)
     failures, intercepted, ran = Failures(), 0, 0
-    for dtype in TEMPLATE_DTYPES if harness.OPTIONS.full else TEMPLATE_DTYPES[:4]:
-        for template in harness.thin(harness.templates(op, dtype), 2, lambda t: harness.elements(t.args)):
+    brief, met = harness.OPTIONS.brief, 0
+    dtypes = TEMPLATE_DTYPES if harness.OPTIONS.full else TEMPLATE_DTYPES[:4]
+    for dtype in harness.some(dtypes, short_name(op), len(dtypes)):
+        if brief and met == 2:
+            break
+        found = harness.thin(harness.templates(op, dtype), 1 if brief else 2, lambda t: harness.elements(t.args))
+        met += bool(found)
+        for template in found:
             ran += 1
 
             def check(template: Any = template) -> None:

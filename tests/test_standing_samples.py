@@ -21,6 +21,7 @@ from gemsmode.registry import short_name
 
 POINTWISE = sorted(harness.pointwise_bases(), key=str)
 EVERY = sorted(harness.bases(), key=str)
+OTHERS = [op for op in EVERY if op not in harness.pointwise_bases()]
 INPLACE = [op for op in sorted(served(), key=str) if op._schema.is_mutable and not any(p.is_out for p in parameters(op))
            and any(c.variant is not None and c.variant.inplace and c.variant.base in harness.pointwise_bases() for c in served()[op])]
 
@@ -32,10 +33,12 @@ NOT_INTERCEPTED: dict[str, str] = {
 
 
 def dtypes_for(op: OpOverload) -> list[torch.dtype]:
-    """float32 and, in a default run, one more that depends on the op's name only."""
+    """float32 and, unless all are asked for, another that depends on the op's name only."""
     if harness.OPTIONS.full:
         return [torch.float32, *DTYPES]
     other = DTYPES[zlib.crc32(str(op).encode()) % len(DTYPES)]
+    if harness.OPTIONS.brief:
+        return [torch.float32, other]
     return [torch.float32, torch.bfloat16 if other == torch.float16 else other, torch.int64]
 
 
@@ -139,6 +142,21 @@ SHAPES: dict[str, tuple[tuple[Make, tuple[int, ...]], ...]] = {
 }
 
 
+BRIEF = {"empty in the middle", "0-dim beside 1-dim", "transposed beside dense", "sliced", "channels_last and channels",
+         "six dimensions, broadcast"}
+"""What a brief run takes of the shapes: one for each way through the kernels, and the strides that need most thought."""
+
+
+def is_wanted(position: int, name: str, dtype_number: int, op: OpOverload) -> bool:
+    """All shapes in float32 and a quarter of them in other dtypes; in a brief run some in float32 and one in another."""
+    if harness.OPTIONS.full:
+        return True
+    turn = position + dtype_number + zlib.crc32(str(op).encode())
+    if harness.OPTIONS.brief:
+        return turn % len(SHAPES) == 0 or (not dtype_number and name in BRIEF)
+    return not dtype_number or turn % 4 == 0
+
+
 @pytest.mark.parametrize("op", POINTWISE, ids=short_name)
 def test_shapes(op: OpOverload) -> None:
     if (why := UNRELATED.get(op._schema.name.partition("::")[2])) is not None:
@@ -149,8 +167,8 @@ def test_shapes(op: OpOverload) -> None:
         if template is None or not only_plain_tensors(op):
             continue
         for position, (name, makers) in enumerate(SHAPES.items()):
-            if number and (position + number + zlib.crc32(str(op).encode())) % 4 and not harness.OPTIONS.full:
-                continue  # a quarter of the shapes for dtypes other than float32
+            if not is_wanted(position, name, number, op):
+                continue
             operands = [make(shape, dtype, 31 * i) for i, (make, shape) in
                         enumerate(makers[min(j, len(makers) - 1)] for j in range(count_tensors(template)))]
             args = with_tensors(op, template, operands)
@@ -275,7 +293,7 @@ LAYOUTS = {"transposed": relaid_transposed, "sliced": relaid_sliced, "unaligned"
            "channels_last": relaid_last}
 
 
-@pytest.mark.parametrize("op", EVERY, ids=short_name)
+@pytest.mark.parametrize("op", OTHERS if harness.OPTIONS.brief else EVERY, ids=short_name)
 def test_layouts(op: OpOverload) -> None:
     """OpInfo's calls with all tensors, and with only the first, laid out in other ways."""
     skip_crashes(op)
@@ -285,10 +303,10 @@ def test_layouts(op: OpOverload) -> None:
         if not found or (intercepted and not harness.OPTIONS.full):
             continue
         found = harness.thin(sorted(found, key=lambda t: -max(a.ndim for a in harness.tree_leaves(t.args) if isinstance(a, torch.Tensor))),
-                             2, lambda t: harness.elements(t.args))
+                             1 if harness.OPTIONS.brief else 2, lambda t: harness.elements(t.args))
         for number, template in enumerate(found):
             for name, relaid in LAYOUTS.items():
-                for which in ("all", "the first") if not number or harness.OPTIONS.full else ("all",):
+                for which in ("all", "the first") if harness.OPTIONS.full or not (number or harness.OPTIONS.brief) else ("all",):
                     seen = False
 
                     def change(a: Any, relaid: Any = relaid, which: str = which) -> Any:
@@ -313,15 +331,16 @@ def test_layouts(op: OpOverload) -> None:
     finish(op, failures, intercepted)
 
 
-@pytest.mark.parametrize("op", [op for op in EVERY if op not in harness.pointwise_bases()], ids=short_name)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("op", OTHERS, ids=short_name)
+@pytest.mark.parametrize("value", [math.nan] if harness.OPTIONS.brief else [math.nan, math.inf, -math.inf], ids=str)
 def test_non_finite_values(op: OpOverload, value: float) -> None:
     """OpInfo's calls with one non-finite number in the first floating-point tensor."""
     skip_crashes(op)
     failures, ran = Failures(), 0
-    for dtype in (torch.float32, torch.bfloat16):
-        for template in harness.thin([t for t in harness.templates(op, dtype) if harness.elements(t.args) > 1], 3,
-                                     lambda t: harness.elements(t.args)):
+    dtypes, count = ((torch.float32,), 1) if harness.OPTIONS.brief else ((torch.float32, torch.bfloat16), 3)
+    for dtype in dtypes:
+        several = [t for t in harness.templates(op, dtype) if harness.elements(t.args) > 1]
+        for template in harness.thin(several, count, lambda t: harness.elements(t.args)):
             args = harness.own_memory(template.args)
             tensors = [a for a in harness.tree_leaves(args) if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel()]
             first = tensors[0] if tensors else None
@@ -356,6 +375,8 @@ def test_inplace_through_views(op: OpOverload) -> None:
         if template is None or not only_plain_tensors(op):
             continue
         for name, view in VIEWS.items():
+            if harness.OPTIONS.brief and (dtype != torch.float32 or name not in ("columns", "inner")):
+                continue
             written = view(tensor((6, 11), dtype))
             others = [tensor(written.shape, dtype, 100 + i) for i in range(count_tensors(template) - 1)]
             args = with_tensors(op, template, [written, *others])
