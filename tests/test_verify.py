@@ -253,7 +253,7 @@ def test_the_command_finds_an_error_and_writes_a_reproducer(tmp_path: Path, caps
         code = main(["verify", "--reproducers", str(tmp_path / "wrong"), str(script)])
     gemsmode.registry.default.remove("bad_silu")
     out = capsys.readouterr().out
-    assert code == 1 and "end" in out and "bad_silu" in out and "1 of 1 overload do" in out
+    assert code == 1 and "end" in out and "bad_silu" in out and "1 do not, of 1 overload" in out
     reproducer = tmp_path / "wrong" / "silu-bad_silu" / "reproduce.py"
     lines = reproducer.read_text().splitlines()
     assert len(lines) <= 12 and "import my_rule  # registers the rule" in lines

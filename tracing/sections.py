@@ -183,7 +183,7 @@ def _verified(report: Report, limit: int | None) -> Section | None:
         return None
     failed = [c for c in report.checks if c.failed]
     text = f"{count(sum(c.compared for c in report.checks), 'call')} compared with PyTorch's own, on copies of their inputs; "
-    text += "all agree" if not failed else f"{sum(c.failed for c in failed):,} of {count(len(failed), 'overload')} do not"
+    text += "all agree" if not failed else f"{sum(c.failed for c in failed):,} do not, of {count(len(failed), 'overload')}"
     if failed:
         text += f". The first: {failed[0].first}" if len(failed) == 1 else ". The first of each:\n" + "\n".join(c.first for c in failed[:5])
     shown = report.checks[:limit]
