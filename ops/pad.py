@@ -73,7 +73,7 @@ def replication_cover(i, t, parameters, KIND: tl.constexpr, D: tl.constexpr):
 
 def _channels_last(call: Call, x: TensorMeta, rank: int) -> bool:
     """CPU kernels keep the format of images and volumes; CUDA's write contiguous results."""
-    return call.target.device_type == "cpu" and rank > 1 and like_suggested(x, rank + 2)
+    return call.target.device_type == "cpu" and rank > 1 and like_suggested(x)
 
 
 def _padded(call: Call, x: TensorMeta, pad: tuple[int, ...], rank: int, reflects: bool) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
@@ -118,61 +118,61 @@ def _pad_backward(call: Call, rank: int, tap: Any) -> Plan:
 _FLOATING = dtype(*FLOAT)
 
 
-@planned("aten.reflection_pad1d.default", _FLOATING, family="pad", kernel=gather_kernel)
+@planned("aten.reflection_pad1d.default", _FLOATING, family="padding", kernel=gather_kernel)
 def reflection_pad1d(call: Call) -> Plan:
     return _pad(call, 1, reflection_tap)
 
 
-@planned("aten.reflection_pad2d.default", _FLOATING, family="pad", kernel=gather_kernel)
+@planned("aten.reflection_pad2d.default", _FLOATING, family="padding", kernel=gather_kernel)
 def reflection_pad2d(call: Call) -> Plan:
     return _pad(call, 2, reflection_tap)
 
 
-@planned("aten.reflection_pad3d.default", _FLOATING, family="pad", kernel=gather_kernel)
+@planned("aten.reflection_pad3d.default", _FLOATING, family="padding", kernel=gather_kernel)
 def reflection_pad3d(call: Call) -> Plan:
     return _pad(call, 3, reflection_tap)
 
 
-@planned("aten.replication_pad1d.default", _FLOATING, family="pad", kernel=gather_kernel)
+@planned("aten.replication_pad1d.default", _FLOATING, family="padding", kernel=gather_kernel)
 def replication_pad1d(call: Call) -> Plan:
     return _pad(call, 1, replication_tap)
 
 
-@planned("aten.replication_pad2d.default", _FLOATING, family="pad", kernel=gather_kernel)
+@planned("aten.replication_pad2d.default", _FLOATING, family="padding", kernel=gather_kernel)
 def replication_pad2d(call: Call) -> Plan:
     return _pad(call, 2, replication_tap)
 
 
-@planned("aten.replication_pad3d.default", _FLOATING, family="pad", kernel=gather_kernel)
+@planned("aten.replication_pad3d.default", _FLOATING, family="padding", kernel=gather_kernel)
 def replication_pad3d(call: Call) -> Plan:
     return _pad(call, 3, replication_tap)
 
 
-@planned("aten.reflection_pad1d_backward.default", _FLOATING, family="pad", kernel=window_sum_kernel)
+@planned("aten.reflection_pad1d_backward.default", _FLOATING, family="padding", kernel=window_sum_kernel)
 def reflection_pad1d_backward(call: Call) -> Plan:
     return _pad_backward(call, 1, reflection_cover)
 
 
-@planned("aten.reflection_pad2d_backward.default", _FLOATING, family="pad", kernel=window_sum_kernel)
+@planned("aten.reflection_pad2d_backward.default", _FLOATING, family="padding", kernel=window_sum_kernel)
 def reflection_pad2d_backward(call: Call) -> Plan:
     return _pad_backward(call, 2, reflection_cover)
 
 
-@planned("aten.reflection_pad3d_backward.default", _FLOATING, family="pad", kernel=window_sum_kernel)
+@planned("aten.reflection_pad3d_backward.default", _FLOATING, family="padding", kernel=window_sum_kernel)
 def reflection_pad3d_backward(call: Call) -> Plan:
     return _pad_backward(call, 3, reflection_cover)
 
 
-@planned("aten.replication_pad1d_backward.default", _FLOATING, family="pad", kernel=window_sum_kernel)
+@planned("aten.replication_pad1d_backward.default", _FLOATING, family="padding", kernel=window_sum_kernel)
 def replication_pad1d_backward(call: Call) -> Plan:
     return _pad_backward(call, 1, replication_cover)
 
 
-@planned("aten.replication_pad2d_backward.default", _FLOATING, family="pad", kernel=window_sum_kernel)
+@planned("aten.replication_pad2d_backward.default", _FLOATING, family="padding", kernel=window_sum_kernel)
 def replication_pad2d_backward(call: Call) -> Plan:
     return _pad_backward(call, 2, replication_cover)
 
 
-@planned("aten.replication_pad3d_backward.default", _FLOATING, family="pad", kernel=window_sum_kernel)
+@planned("aten.replication_pad3d_backward.default", _FLOATING, family="padding", kernel=window_sum_kernel)
 def replication_pad3d_backward(call: Call) -> Plan:
     return _pad_backward(call, 3, replication_cover)
