@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64,
-          "i32": torch.int32, "i64": torch.int64, "u8": torch.uint8, "bool": torch.bool}
+          "i32": torch.int32, "i64": torch.int64, "u8": torch.uint8, "bool": torch.bool, "c64": torch.complex64}
 
 TINY_ELEMENTS = 8192
 """Elements that the largest tensor of a case may have on a machine without a GPU."""
@@ -65,7 +65,7 @@ class T:
             made = torch.rand(shape, device=device, generator=generator).argsort(-1).to(own)
         elif kind == "bool":
             made = torch.rand(shape, device=device, generator=generator) < 0.25
-        elif not own.is_floating_point:
+        elif not own.is_floating_point and not own.is_complex:
             made = torch.randint(0, 100, shape, dtype=own, device=device, generator=generator)
         elif kind == "uniform":
             made = torch.rand(shape, device=device, generator=generator).mul_(0.95).add_(0.05).to(own)
@@ -84,7 +84,8 @@ class Case:
         label: a short name; with sizes and dtype it names the case.
         op: the aten overload that is meant to be intercepted.
         group: ``pointwise``, ``reduction``, ``matmul``, ``attention``, ``movement``, ``indexing``, ``random``,
-            ``sorting``, ``vision``, ``optimizer``, ``tiny`` (host time) or ``growing`` (host time of new sizes).
+            ``sorting``, ``vision``, ``optimizer``, ``tiny`` (host time), ``growing`` (host time of new sizes), ``start`` (import
+            and first call, in processes of their own) or ``model`` (wall time of whole models).
         dtype: short name of the dtype.
         call: the text of what is timed.
         sizes: the named sizes.
@@ -100,6 +101,9 @@ class Case:
         pinned: sizes that do not shrink.
         tiny: sizes on a machine without a GPU, where shrinking by itself would not do.
         liger: the same in ``liger_kernel.transformers.functional`` (as ``liger``), where it has it.
+        at_most: what figures of a provider must not exceed, as ``{"gemsmode.host_us": 5.0}``.
+        needs: packages without which the case is left out.
+        memory: GiB of device memory without which it is left out.
     """
 
     label: str
@@ -119,6 +123,9 @@ class Case:
     pinned: tuple[str, ...] = ()
     tiny: Mapping[str, int] = field(default_factory=dict)
     liger: str = ""
+    at_most: Mapping[str, float] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    memory: float = 0.0
 
     @property
     def shape(self) -> str:
@@ -157,12 +164,12 @@ def sized(**sizes: int) -> dict[str, int]:
 def case(label: str, op: str, call: str, sizes: Mapping[str, int], *, group: str, origin: str, dtypes: Sequence[str] = ("bf16",),
          bytes: str = "", flops: str = "", setup: Mapping[str, str] | None = None, check: str = "float64", rows: int = 0,
          goal: float | Mapping[str, float] | None = None, pinned: Sequence[str] = (), tiny: Mapping[str, int] | None = None,
-         liger: str = "", **inputs: T) -> None:
+         liger: str = "", at_most: Mapping[str, float] | None = None, needs: Sequence[str] = (), memory: float = 0.0, **inputs: T) -> None:
     """Declare one case a dtype; ``goal`` may depend on the dtype. See :class:`Case`."""
     for dtype in dtypes:
         wanted = goal.get(dtype) if isinstance(goal, Mapping) else goal
         _cases.append(Case(label, op, group, dtype, call, dict(sizes), inputs, origin, bytes, flops, dict(setup or {}), check,
-                           rows, wanted, tuple(pinned), dict(tiny or {}), liger))
+                           rows, wanted, tuple(pinned), dict(tiny or {}), liger, dict(at_most or {}), tuple(needs), memory))
 
 
 # -- pointwise ---------------------------------------------------------------------------------------------------------
@@ -477,6 +484,8 @@ _tiny("addmm", "aten.addmm.default", "torch.addmm(b, x, y)", x=_X, y=_Y, b=T("N"
 _tiny("embedding", "aten.embedding.default", "F.embedding(i, x)", x=_X, i=T("64", "index:M", dtype="i64"))
 _tiny("cat", "aten.cat.default", "torch.cat((x, y))", x=_X, y=_Y)
 _tiny("add_", "aten.add_.Tensor", "x.add_(y)", x=_X, y=_Y)
+case("tiny_pass", "aten.add.Tensor", "torch.add(x, y)", sized(M=64, N=64), group="tiny", dtypes=("c64",), check="none",
+     origin="64 by 64, complex: a call that passes through", at_most={"gemsmode.over_eager_us": 2.5}, x=_X, y=_Y)
 _tiny("view", "aten.view.default", "x.view(4096)", None, x=_X)
 _tiny("t", "aten.t.default", "x.t()", None, x=_X)
 
@@ -495,6 +504,36 @@ _growing("softmax", "aten._softmax.default", "torch.softmax(x, -1)", x=T("8 S"))
 _growing("sum", "aten.sum.dim_IntList", "torch.sum(x, -1)", x=T("8 S"))
 _growing("mm", "aten.mm.default", "torch.mm(x, y)", x=T("S 64"), y=T("64 64"))
 _growing("cat", "aten.cat.default", "torch.cat((x, y), 2)", x=T("1 8 S 64"), y=T("1 8 1 64"))
+
+
+# -- starting ----------------------------------------------------------------------------------------------------------
+
+case("start", "aten.add.Tensor", "torch.add(x, x)", sized(M=64, N=64), group="start", check="none",
+     origin="processes of their own: importing, the first call of a pointwise op with an empty cache, and the same once more",
+     at_most={"gemsmode.import_s": 1.0, "gemsmode.first_call_s": 0.3, "gemsmode.compiled_again": 0.0}, x=T("M N"))
+
+# -- whole models ------------------------------------------------------------------------------------------------------
+#
+# Random weights in the architectures' published sizes; `perf/models.py` builds them.
+
+
+def _model(label: str, call: str, sizes: Mapping[str, int], dtype: str, goal: float | None, origin: str, memory: float, build: str,
+           **more: Any) -> None:
+    settings = {"check": "none", "tiny": sized(B=1, S=8), **more}
+    case(label, "aten.mm.default", call, sizes, group="model", dtypes=(dtype,), goal=goal, origin=origin, memory=memory,
+         needs=("transformers",), setup={"model": build}, **settings)
+
+
+_model("bert_base", "model()", sized(B=32, S=512), "f16", 1.15, "BERT-base, forward of 32 sequences of 512", 8.0,
+       "models.bert(B, S, dtype, device, low)", check="float64")
+_model("llama2_7b_prefill", "model()", sized(B=1, S=2048), "bf16", 1.25, "Llama-2-7b, a prompt of 2048 tokens, without a cache", 24.0,
+       "models.llama_prefill(B, S, dtype, device)")
+_model("llama2_7b_decode", "model()", sized(B=1, S=512), "bf16", None,
+       "Llama-2-7b, one token after 512, with transformers' static cache of 1024", 24.0, "models.llama_decode(B, S, dtype, device)",
+       at_most={"capture.wall_us": 4500.0})
+_model("llama_training_step", "model()", sized(B=2, S=2048), "bf16", 1.2,
+       "Llama-2 of 4 layers: forward, loss, backward and AdamW(foreach=True) on 2 sequences of 2048", 48.0,
+       "models.llama_training(B, S, dtype, device)")
 
 
 @functools.cache

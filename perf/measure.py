@@ -171,6 +171,36 @@ class Stopwatch:
         self.synchronize()
         return {name: Times.of(values) for name, values in seen.items()}
 
+    def wall_times(self, runnables: Mapping[str, Runnable], rounds: int = 5) -> dict[str, Times]:
+        """Wall time by call of each of ``runnables``, the device's work included: several calls in a row, taking turns."""
+        seen: dict[str, list[float]] = {name: [] for name in runnables}
+        number = {}
+        for name, runnable in runnables.items():
+            _, took = self.first(runnable)
+            number[name] = round(min(max(2 * self.seconds / max(took, 1e-6), 1), 50))
+        with _no_collection():
+            for _ in range(rounds):
+                for name, runnable in runnables.items():
+                    call = runnable.call
+                    self.synchronize()
+                    with runnable.around():
+                        start = time.perf_counter()
+                        for _ in range(number[name]):
+                            call()
+                        self.synchronize()
+                        seen[name].append((time.perf_counter() - start) * 1e6 / number[name])
+        return {name: Times.of(values) for name, values in seen.items()}
+
+    def kernel_time(self, runnable: Runnable) -> float | None:
+        """Microseconds that kernels ran during one call, as PyTorch's profiler has it; None without a GPU."""
+        if not self.on_gpu:
+            return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            with runnable.around():
+                runnable.call()
+            self.synchronize()
+        return sum(e.self_device_time_total for e in profile.key_averages()) or None
+
     def each(self, calls: list[Callable[[], Any]]) -> list[float]:
         """Host microseconds of each of ``calls`` alone, in their order."""
         values = []

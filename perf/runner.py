@@ -35,11 +35,13 @@ from gemsmode import launch
 from gemsmode.handlers import Decision
 from gemsmode.registry import short_name
 from gemsmode.target import current
+from perf import models, start
 from perf.cases import DTYPES, GROWING, Case, llama_parameters, shrunk
 from perf.measure import Context, Runnable, Stopwatch, Times
 
-PROVIDERS = ("eager", "gemsmode", "fastest", "compile", "flag_gems", "liger_kernel")
-"""Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")``."""
+PROVIDERS = ("eager", "gemsmode", "fastest", "capture", "compile", "flag_gems", "liger_kernel")
+"""Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")``, ``capture`` is ``gemsmode.capture`` of a whole model,
+``compile`` is ``torch.compile``."""
 
 Row = dict[str, Any]
 
@@ -103,9 +105,9 @@ def _look_around(commit: str | None) -> dict[str, Any]:
 class _Onlooker(TorchDispatchMode):
     """Sees each aten call, asks what a ``GemsMode`` decides for it, and lets PyTorch run it."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: gemsmode.GemsMode | None) -> None:
         super().__init__()
-        self.policy = gemsmode.GemsMode().policy
+        self.policy = (gemsmode.GemsMode() if mode is None else mode).policy
         self.calls: list[tuple[Any, Decision, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,9 +118,9 @@ class _Onlooker(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def decisions(call: Callable[[], Any]) -> list[tuple[Any, Decision, tuple[Any, ...]]]:
-    """Each aten call that ``call`` makes, with what a mode decides for it and the arguments in order."""
-    with _Onlooker() as seen:
+def decisions(call: Callable[[], Any], mode: gemsmode.GemsMode | None = None) -> list[tuple[Any, Decision, tuple[Any, ...]]]:
+    """Each aten call that ``call`` makes, with what ``mode`` (a ``GemsMode()``) decides for it and the arguments in order."""
+    with _Onlooker(mode) as seen:
         call()
     return seen.calls
 
@@ -131,6 +133,16 @@ def summary(calls: Sequence[tuple[Any, Decision, tuple[Any, ...]]]) -> list[Row]
             key = short_name(op), decision.kind, decision.rule, decision.reason
             rows[key] = rows.get(key, 0) + 1
     return [{"overload": o, "kind": k, "rule": r, "reason": why, "calls": n} for (o, k, r, why), n in rows.items()]
+
+
+def choices(calls: Sequence[tuple[Any, Decision, tuple[Any, ...]]]) -> list[Row]:
+    """What ``prefer="fastest"`` chose over ``calls``, each choice once."""
+    found: dict[tuple[str, Any], Row] = {}
+    for op, decision, _ in calls:
+        if (c := decision.choice) is not None:
+            found[short_name(op), c] = {"overload": short_name(op), "taken": "rule" if c.rule_wins else "native", "rule_us": list(c.rule),
+                                        "native_us": list(c.native), "reason": c.reason}
+    return list(found.values())
 
 
 def intercepted(decided: Sequence[Row]) -> str:
@@ -196,8 +208,8 @@ class Prepared:
         return {name: t.make(self.sizes, self.dtype, self.device, generator) for name, t in self.case.inputs.items()}
 
     def _scope_of(self, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
-        scope = {"torch": torch, "F": F, "dtype": dtype, "device": self.device, "llama_parameters": llama_parameters, **self.sizes,
-                 **inputs}
+        scope = {"torch": torch, "F": F, "dtype": dtype, "low": self.dtype, "device": self.device, "models": models,
+                 "llama_parameters": llama_parameters, **self.sizes, **inputs}
         for name, text in self.case.setup.items():
             with torch.enable_grad():
                 scope[name] = eval(text, scope)
@@ -284,6 +296,17 @@ def _limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
+def _limits(case: Case, row: Row) -> list[Row]:
+    """The figures that the case limits, where they were measured."""
+    found = []
+    for name, limit in case.at_most.items():
+        provider, _, figure = name.partition(".")
+        value = row["providers"].get(provider, {}).get(figure)
+        if value is not None:
+            found.append({"figure": name, "limit": limit, "value": value, "kept": value <= limit})
+    return found
+
+
 def _describe(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
@@ -308,11 +331,15 @@ class Runner:
     def _provider(self, name: str) -> Context:
         if name in ("eager", "compile"):
             return contextlib.nullcontext
+        if name == "capture":
+            if self.device.type != "cuda":
+                raise RuntimeError("no GPU to capture graphs on")
+            return contextlib.nullcontext
         if name == "gemsmode":
             mode = gemsmode.GemsMode()
             return lambda: mode
         if name == "fastest":
-            fastest = gemsmode.GemsMode(prefer="fastest")  # type: ignore[call-arg]
+            fastest = gemsmode.GemsMode(prefer="fastest")
             return lambda: fastest
         if name == "flag_gems":
             import flag_gems
@@ -358,9 +385,13 @@ class Runner:
                     "sizes": dict(case.sizes),
                     "inputs": {name: f"{t.dims}{' transposed' if t.layout else ''}" for name, t in case.inputs.items()},
                     "origin": case.origin, "goal": case.goal, "bytes_counted": case.bytes, "flops_counted": case.flops,
-                    "scaled_down": self.settings.tiny, "device": str(self.device), "error": None, "providers": {}}
-        row.update({k: v for k, v in environment().items() if k in ("gpu", "torch", "triton", "driver", "commit")})
+                    "scaled_down": self.settings.tiny, "device": str(self.device), "error": None, "skipped": None, "providers": {}}
+        row.update({k: v for k, v in environment().items() if k in ("gpu", "torch", "triton", "driver", "gemsmode", "commit")})
+        row["at"] = round(time.time(), 3)
         start = time.perf_counter()
+        if why := self._left_out(case):
+            row["skipped"], row["seconds"] = why, 0.0
+            return row
         try:
             with _limit(self.settings.case_limit):
                 self._fill(case, row)
@@ -375,11 +406,55 @@ class Runner:
             raise DeviceLost(row) from error
         return row
 
+    def once(self, case: Case, provider: str) -> list[str]:
+        """Call ``case`` twice, the second time between the markers of a profiler; what was decided for its ops.
+
+        Raises:
+            RuntimeError: the provider or the case cannot be had here.
+        """
+        if why := self.unavailable.get(provider) or self._left_out(case):
+            raise RuntimeError(why)
+        if case.group in ("growing", "start"):
+            raise RuntimeError(f"cases of group {case.group} are many calls")
+        prepared = Prepared(case, self.device, shrunk(case) if self.settings.tiny else case.sizes)
+        with torch.no_grad():
+            runnable = self._runnable(provider, prepared)
+            self.watch.first(runnable)
+            mark = self.device.type == "cuda"
+            if mark:
+                torch.cuda.nvtx.range_push(f"{case.name} by {provider}")
+                torch.cuda.profiler.start()
+            self.watch.first(runnable)
+            if mark:
+                torch.cuda.profiler.stop()
+                torch.cuda.nvtx.range_pop()
+            if provider not in ("gemsmode", "fastest"):
+                return []
+            decided = decisions(prepared.call, self._around[provider]())  # type: ignore[arg-type]
+        return [f"{short_name(op)}: {d.kind} {d.rule or d.reason or ''}".strip() for op, d, _ in decided if d.kind != "view"]
+
+    def _left_out(self, case: Case) -> str:
+        """Why ``case`` cannot be run on this machine; empty if it can."""
+        missing = [name for name in case.needs if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{', '.join(missing)} is not installed"
+        if case.memory and self.device.type == "cuda" and not self.settings.tiny:
+            self.watch.release()
+            free = torch.cuda.mem_get_info(self.device)[0] / 2**30
+            if free < case.memory:
+                return f"needs {case.memory:.0f} GiB of device memory, {free:.0f} are free"
+        return ""
+
     def _fill(self, case: Case, row: Row) -> None:
         sizes = shrunk(case) if self.settings.tiny else dict(case.sizes)
         row["measured_sizes"] = sizes
         if case.group == "growing":
             self._growing(case, row)
+            return
+        if case.group == "start":
+            row["providers"]["gemsmode"] = start.measure(self.device)
+            row["intercepted"] = "yes"
+            row["at_most"] = _limits(case, row)
             return
         prepared = Prepared(case, self.device, sizes)
         runnables: dict[str, Runnable] = {}
@@ -403,10 +478,13 @@ class Runner:
                 row["error"] = "no provider ran: " + "; ".join(dict.fromkeys(e["error"] for e in row["providers"].values()))
                 return
             row["bytes"], row["flops"] = prepared.count(case.bytes, result), prepared.count(case.flops, result)
+            row["touched"] = prepared.count(" + ".join(("out", *case.inputs)), result)
             del result
             if "gemsmode" in runnables:
                 row["decisions"] = summary(decisions(prepared.call))
                 row["intercepted"] = intercepted(row["decisions"])
+            if "fastest" in runnables:
+                row["choices"] = choices(decisions(prepared.call, self._around["fastest"]()))  # type: ignore[arg-type]
             # Errors are found before the times are taken, which writes to the inputs of in-place calls.
             if self.settings.check and case.check != "none":
                 self._errors(prepared, runnables, row)
@@ -416,7 +494,16 @@ class Runner:
                 times = self.watch.host_times(runnables, *((3, 3) if self.settings.tiny else ()))
                 for name, t in times.items():
                     row["providers"][name].update(host_us=t.median, host_low_us=t.low, host_high_us=t.high)
-                row["ratio"] = self._ratio(times)
+                    if "eager" in times:
+                        row["providers"][name]["over_eager_us"] = t.median - times["eager"].median
+                self._compare(case, row, times)
+                return
+            if case.group == "model":
+                times = self.watch.wall_times(runnables, 2 if self.settings.tiny else 5)
+                for name, t in times.items():
+                    row["providers"][name].update(wall_us=t.median, low_us=t.low, high_us=t.high, spread=t.spread, runs=t.runs)
+                    row["providers"][name]["kernel_us"] = self.watch.kernel_time(runnables[name])
+                self._compare(case, row, times)
                 return
             times = self.watch.device_times(runnables)
         for name, t in times.items():
@@ -428,17 +515,25 @@ class Runner:
             if row["flops"]:
                 entry["tflop_s"] = row["flops"] / t.median * 1e-6
                 entry["of_peak"] = entry["tflop_s"] * 1e12 / self.peak(case.dtype)
-        row["ratio"] = self._ratio(times)
+        self._compare(case, row, times)
 
     @staticmethod
-    def _ratio(times: Mapping[str, Times]) -> float | None:
-        return times["eager"].median / times["gemsmode"].median if {"eager", "gemsmode"} <= set(times) else None
+    def _compare(case: Case, row: Row, times: Mapping[str, Times]) -> None:
+        """Put eager's time by each provider's own into the row, and whether limits are kept."""
+        if "eager" in times:
+            row["ratios"] = {name: times["eager"].median / t.median for name, t in times.items() if name != "eager"}
+        row["ratio"] = row.get("ratios", {}).get("gemsmode")
+        row["at_most"] = _limits(case, row)
 
     def _runnable(self, name: str, prepared: Prepared) -> Runnable:
         call = prepared.call
         if name == "compile":
             torch._dynamo.reset()
             call = torch.compile(call, dynamic=False)
+        elif name == "capture":
+            if prepared.case.group != "model":
+                raise NotImplementedError("graphs are captured of whole models")
+            call = gemsmode.capture(call)
         elif name == "liger_kernel":
             own = prepared.liger()
             if own is None:
@@ -451,7 +546,8 @@ class Runner:
         row["check"] = prepared.case.check
         for name, runnable in runnables.items():
             try:
-                fresh = prepared.fresh() if name in ("eager", "gemsmode", "fastest") else runnable.call
+                again = name in ("eager", "gemsmode", "fastest") and prepared.case.group != "model"
+                fresh = prepared.fresh() if again else runnable.call
                 with runnable.around():
                     result = fresh()
                 row["providers"][name]["error_vs_reference"] = relative_error(result, reference, prepared.case.rows)
@@ -497,21 +593,33 @@ class Results:
 
     Args:
         path: where to keep them; None keeps them in memory only.
-        resume: take up the rows that the file has already.
+        resume: take up the rows that the file has already; their cases are done.
         commit: what to call the commit, where git does not tell.
+        merge: take up the file's rows, and replace those of the cases that are run.
+        since: with ``merge``: rows measured after this time are done, too.
+
+    Attributes:
+        done: cases that need not be run.
     """
 
-    def __init__(self, path: Path | None, resume: bool = False, commit: str | None = None) -> None:
+    def __init__(self, path: Path | None, resume: bool = False, commit: str | None = None, merge: bool = False,
+                 since: float | None = None) -> None:
         self.path = path
         self.rows: list[Row] = []
         self.peaks: dict[str, float] = {}
         self.environment = environment(commit)
-        if resume and path is not None and path.exists():
+        if (resume or merge) and path is not None and path.exists():
             kept = json.loads(path.read_text())
             self.rows, self.peaks = kept["rows"], kept.get("peaks", {})
+        self.done = {r["case"] for r in self.rows if not merge or (since is not None and r.get("at", 0.0) >= since)}
 
     def add(self, row: Row, peaks: Mapping[str, float]) -> None:
-        self.rows.append(row)
+        place = next((i for i, r in enumerate(self.rows) if r["case"] == row["case"]), None)
+        if place is None:
+            self.rows.append(row)
+        else:
+            self.rows[place] = row
+        self.done.add(row["case"])
         self.peaks.update(peaks)
         self.write()
 
@@ -526,6 +634,17 @@ class Results:
         os.replace(part, self.path)
 
 
+def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several results as one: of each case the row measured last, in the order of the first result that has it."""
+    rows: dict[str, Row] = {}
+    peaks: dict[str, float] = {}
+    for result in results:
+        peaks.update(result["peaks"])
+        for row in result["rows"]:
+            rows[row["case"]] = row
+    return {"environment": results[-1]["environment"], "peaks": peaks, "rows": list(rows.values())}
+
+
 def run_all(cases: Sequence[Case], runner: Runner, results: Results, progress: Callable[[Row], None] = lambda row: None,
             started: float | None = None) -> bool:
     """Run ``cases``, those with a row excepted, and keep each row; False if the budget ended before the cases did.
@@ -534,9 +653,8 @@ def run_all(cases: Sequence[Case], runner: Runner, results: Results, progress: C
         DeviceLost: as :meth:`Runner.run`, after the row was kept.
     """
     started = time.time() if started is None else started
-    done = {row["case"] for row in results.rows}
     for case in cases:
-        if case.name in done:
+        if case.name in results.done:
             continue
         if runner.settings.budget is not None and time.time() - started > runner.settings.budget:
             return False

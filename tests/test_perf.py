@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,12 +17,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gemsmode.registry import find_op
 from perf import __main__ as command
-from perf import host, results
+from perf import host, models, plot, readme, results, start
 from perf.cases import DTYPES, TINY_ELEMENTS, Case, T, all_cases, shrunk
 from perf.measure import Runnable, Stopwatch, Times
-from perf.runner import Prepared, Results, Runner, Settings, decisions, default_device, intercepted, relative_error, run_all, summary
+from perf.runner import (
+    Prepared,
+    Results,
+    Runner,
+    Settings,
+    decisions,
+    default_device,
+    intercepted,
+    merged,
+    relative_error,
+    run_all,
+    summary,
+)
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 def named(name: str) -> Case:
@@ -57,14 +72,20 @@ def test_the_cases_that_the_project_set_goals_for_are_declared() -> None:
     assert not [name for name in wanted if name not in names]
     assert not [name for name in wanted if names[name].goal is None]
     tiny = {c.label.removeprefix("tiny_") for c in all_cases() if c.group == "tiny"}
-    assert tiny == {"add", "mul", "silu", "gelu", "sum", "softmax", "layer_norm", "mm", "addmm", "embedding", "cat", "add_", "view", "t"}
+    assert tiny == {"add", "mul", "silu", "gelu", "sum", "softmax", "layer_norm", "mm", "addmm", "embedding", "cat", "add_", "view", "t",
+                    "pass"}
+    model = {c.label: c.goal for c in all_cases() if c.group == "model"}
+    assert model == {"bert_base": 1.15, "llama2_7b_prefill": 1.25, "llama2_7b_decode": None, "llama_training_step": 1.2}
+    limits = {name: limit for c in all_cases() for name, limit in c.at_most.items()}
+    assert limits == {"gemsmode.over_eager_us": 2.5, "gemsmode.import_s": 1.0, "gemsmode.first_call_s": 0.3, "gemsmode.compiled_again": 0.0,
+                      "capture.wall_us": 4500.0}
 
 
 def test_every_case_names_an_op_a_dtype_and_an_origin_and_can_shrink() -> None:
     for c in all_cases():
         find_op(c.op)
         assert c.dtype in DTYPES and c.origin, c.name
-        assert c.bytes or c.flops or c.group in ("tiny", "growing"), c.name
+        assert c.bytes or c.flops or c.group in ("tiny", "growing", "start", "model"), c.name
         sizes = shrunk(c)
         for name in c.pinned:
             assert sizes[name] == {**c.sizes, **c.tiny}[name]
@@ -180,7 +201,8 @@ def test_a_failing_case_gives_a_row_and_the_run_goes_on(runner: Runner, tmp_path
     broken = dataclasses.replace(good, label="broken", call="torch.add(x, torch.ones(3, 3, 3, 7))")
     unknown = dataclasses.replace(good, label="unknown", call="torch.no_such_function(x)")
     slow = dataclasses.replace(good, label="slow", call="[torch.add(x, y) for _ in iter(int, 1)]")
-    runner.settings.case_limit = 0.5
+    runner.run(good)  # loads what a first case loads
+    runner.settings.case_limit = 2.0
     kept = Results(tmp_path / "r.json")
     assert run_all([broken, unknown, slow, good], runner, kept)
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
@@ -204,6 +226,100 @@ def test_rows_are_kept_one_by_one_and_taken_up_again(runner: Runner, tmp_path: P
     ran: list[str] = []
     assert run_all(cases, runner, again, lambda row: ran.append(row["case"]))
     assert ran == ["exp 8192x8192 f32"] and [r["case"] for r in again.rows] == [c.name for c in cases]
+
+
+def test_rows_of_several_runs_make_one_result(runner: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "all.json"
+    add, exp, mul = (named(f"{n} 8192x8192 f32") for n in ("add", "exp", "mul"))
+    run_all([add, exp], runner, Results(path))
+    before = {r["case"]: r["at"] for r in json.loads(path.read_text())["rows"]}
+    ran: list[str] = []
+    start = time.time()
+    assert run_all([exp, mul], runner, Results(path, merge=True), lambda row: ran.append(row["case"]))
+    rows = json.loads(path.read_text())["rows"]
+    assert ran == [exp.name, mul.name] and [r["case"] for r in rows] == [add.name, exp.name, mul.name]
+    assert rows[0]["at"] == before[add.name] and rows[1]["at"] >= start
+    # A run that goes on in a fresh process does not begin again.
+    ran.clear()
+    assert run_all([add, exp, mul], runner, Results(path, merge=True, since=start), lambda row: ran.append(row["case"]))
+    assert ran == [add.name]
+    old, new = _result(100.0), _result(50.0)
+    old["rows"].append({**old["rows"][0], "case": "other"})
+    one = merged([old, new])
+    assert [(r["case"], r["ratio"]) for r in one["rows"]] == [("add 8x8 bf16", 2.0), ("other", 1.0)]
+
+
+def test_the_provider_that_takes_the_faster_one(tmp_path: Path) -> None:
+    runner = Runner(Settings(("eager", "gemsmode", "fastest"), seconds=0.001, tiny=True), CPU)
+    row = runner.run(named("exp 8192x8192 f32"))
+    assert row["error"] is None and set(row["ratios"]) == {"gemsmode", "fastest"} and row["ratio"] == row["ratios"]["gemsmode"]
+    (chosen,) = row["choices"]
+    assert chosen["overload"] == "exp" and "is faster" in chosen["reason"]
+    assert chosen["taken"] == ("native" if chosen["native_us"][0] < chosen["rule_us"][0] else "rule")
+    text = results.table([row])
+    assert "fastest us" in text.splitlines()[0]
+    assert "fastest" in results.progress_line(row)
+
+
+def test_limits_and_what_is_left_out(runner: Runner) -> None:
+    row = runner.run(named("tiny_pass 64x64 c64"))
+    (limit,) = row["at_most"]
+    assert row["intercepted"] == "no" and limit["figure"] == "gemsmode.over_eager_us" and limit["value"] > 0
+    entry = row["providers"]["gemsmode"]
+    assert entry["over_eager_us"] == pytest.approx(entry["host_us"] - row["providers"]["eager"]["host_us"])
+    row["at_most"][0].update(value=9.5, kept=False)
+    assert "over_eager_us 9.5 > 2.5" in results.table([row])
+    needy = dataclasses.replace(named("exp 8192x8192 f32"), needs=("no_such_package",))
+    row = runner.run(needy)
+    assert row["skipped"] == "no_such_package is not installed" and row["error"] is None
+    assert "left out: no_such_package" in results.table([row]) and "1 left out" in results.closing([row])
+
+
+def test_starting_is_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
+    seen: list[Path] = []
+
+    def fake(device: torch.device, cache: Path) -> dict[str, float]:
+        seen.append(cache)
+        (cache / f"kernel {len(seen)}").write_text("")
+        return {"import_s": 0.5, "first_call_s": 0.2}
+
+    monkeypatch.setattr(start, "_run", fake)
+    row = runner.run(named("start 64x64 bf16"))
+    entry = row["providers"]["gemsmode"]
+    assert row["error"] is None and seen[0] == seen[1]
+    assert (entry["compiled"], entry["compiled_again"], entry["again_import_s"]) == (1, 1, 0.5)
+    assert [limit["kept"] for limit in row["at_most"]] == [True, True, False]
+    assert "import_s 0.5" in results.progress_line(row)
+
+
+def test_starting(device: str, tmp_path: Path) -> None:
+    found = start._run(torch.device(device), tmp_path)
+    assert 0 < found["import_s"] < 60 and found["first_call_s"] > found["next_call_s"] / 10
+
+
+def test_models(runner: Runner) -> None:
+    pytest.importorskip("transformers")
+    runner = Runner(Settings(("eager",), seconds=0.0, tiny=True, check=False), CPU)
+    for c in all_cases():
+        if c.group == "model":
+            row = runner.run(c)
+            assert row["error"] is None and row["skipped"] is None and "error" not in row["providers"]["eager"], row
+            assert row["providers"]["eager"]["wall_us"] > 0
+    # The weights are those that the case's dtype can hold, whatever the dtype of the reference.
+    half, double = (models.bert(1, 8, d, CPU, torch.float16) for d in (torch.float16, torch.float64))
+    assert all(torch.equal(a.double(), b) for a, b in zip(half.model.parameters(), double.model.parameters()))
+    assert relative_error(half(), double()) < 0.01
+    decode = models.llama_decode(1, 8, torch.float32, CPU)
+    torch.testing.assert_close(decode(), decode())  # at the same place in the cache
+    runner = Runner(Settings(("eager", "capture"), seconds=0.0, tiny=True), CPU)
+    assert "no GPU" in runner.run(named("llama2_7b_decode 1x512 bf16"))["providers"]["capture"]["error"]
+
+
+def test_one_call_for_a_profiler(runner: Runner) -> None:
+    assert runner.once(named("exp 8192x8192 f32"), "gemsmode") == ["exp: rule exp"]
+    assert runner.once(named("exp 8192x8192 f32"), "eager") == []
+    with pytest.raises(RuntimeError, match="many calls"):
+        runner.once(named("growing_add 2024 bf16"), "gemsmode")
 
 
 def test_host_time_cases(runner: Runner) -> None:
@@ -260,7 +376,45 @@ def test_markdown_and_csv() -> None:
     assert "### pointwise" in text and "| add 8x8 bf16 | 100 | 50 |" in text and "copy: 4.20 TB/s" in text
     assert "1 of 1 goals reached" in text and results.CPU_NOTE not in text
     lines = results.to_csv(_result(50.0)).splitlines()
-    assert len(lines) == 3 and lines[0].startswith("case,group,op") and "gemsmode,50.0" in lines[2]
+    assert len(lines) == 3 and lines[0].startswith("case,group,op") and "gemsmode,2.0,50.0" in lines[2]
+
+
+def test_the_picture_is_xml_with_a_point_and_a_bar_for_each_case() -> None:
+    made = _result(50.0)
+    made["peaks"]["bf16"] = 7e14
+    product = {**made["rows"][0], "case": "mm <&> 8x8", "group": "matmul", "bytes": None, "touched": 384, "flops": 1024, "ratio": 0.9,
+               "ratios": {"gemsmode": 0.9, "fastest": 1.0}}
+    made["rows"] += [product, {**product, "case": "failed", "error": "it did"}, {**product, "case": "host", "group": "growing"}]
+    tree = ElementTree.fromstring(plot.svg(made))
+    space = "{http://www.w3.org/2000/svg}"
+    titles = [t.text for t in tree.iter(f"{space}title")]
+    assert [t for t in titles if t and t.startswith("mm <&>")] == [
+        "mm <&> 8x8: 2.05e-05 TFLOP/s at 2.67 operations a byte", "mm <&> 8x8: 0.90x"]
+    assert len(list(tree.iter(f"{space}rect"))) == 3 and not any(t and "failed" in t for t in titles)
+    assert plot.points(made["rows"][:1])[0][1:] == (0.5, 3 / 50.0 * 1e6)
+    ElementTree.fromstring(plot.svg({**made, "rows": [], "peaks": {}}))
+
+
+def test_the_readme_shows_the_committed_result() -> None:
+    result = json.loads((ROOT / "perf" / "results" / "h200.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    assert readme.written(text, result) == text, "run python -m perf --table perf/results/h200.json"
+    assert "| softmax 16384x4096 bf16 | " in text
+
+
+def test_tables_for_the_readme(tmp_path: Path) -> None:
+    made = _result(50.0)
+    made["rows"][0].update(case="softmax 16384x4096 bf16", ratios={"gemsmode": 2.0, "fastest": 1.9})
+    made["rows"][0]["providers"]["fastest"] = {"device_us": 52.6}
+    text = readme.tables(made)
+    assert "| softmax 16384x4096 bf16 | 100 us | 50 us | 2.00x | 53 us |" in text and "| case | eager | gemsmode | ratio | `prefer=" in text
+    assert "| pointwise | 1 | 2.00x | add bf16 2.00x | 1.90x |" in text and "gemsmode at abc" in text
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    assert readme.update(path, made) and not readme.update(path, made)
+    assert path.read_text() == f"before\n{readme.BEGIN}\n{text}\n{readme.END}\nafter\n"
+    with pytest.raises(ValueError, match="there must be one line"):
+        readme.written("no marks", made)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -277,6 +431,17 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     rows = json.loads(path.read_text())["rows"]
     assert {r["dtype"] for r in rows} == {"f32"} and {"add", "add_number"} <= {r["label"] for r in rows}
     assert (tmp_path / "new.csv").exists() and "### pointwise" in (tmp_path / "new.md").read_text()
+    again = ["--ops", "add", "--dtype", "f32", "--quick", "--merge", "--json", str(path), "--plot", str(tmp_path / "new.svg")]
+    assert command.main(again) == 0
+    assert len(json.loads(path.read_text())["rows"]) == len(rows) and (tmp_path / "new.svg").read_text().startswith("<svg")
+    assert command.main(["merge", str(path), str(path), "--json", str(tmp_path / "merged.json")]) == 0
+    assert len(json.loads((tmp_path / "merged.json").read_text())["rows"]) == len(rows)
+    table = tmp_path / "README.md"
+    table.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    assert command.main(["--table", str(path), "--readme", str(table)]) == 0 and "| pointwise |" in table.read_text()
+    capsys.readouterr()
+    assert command.main(["once", "--ops", "exp", "--dtype", "f32"]) == 0
+    assert "exp 8192x8192 f32 by gemsmode: exp: rule exp" in capsys.readouterr().out
     assert command.main(["compare", str(path), str(path)]) == 0
     assert "times as fast" in capsys.readouterr().out
     assert command.main(["show", str(path)]) == 0
@@ -288,12 +453,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--ops", "no_such_op"], "no case matches"), (["--providers", "egaer"], "no provider egaer"), (["compare", "one"],
                                                                                                     "takes 2 result files"),
-    (["show", "no_such_file"], "no such file"),
+    (["show", "no_such_file"], "no such file"), (["--merge", "--ops", "exp"], "the file that --json names"),
+    (["merge", "one", "--json", "x"], "two or more"), (["--table", "no_such_file"], "no such file"),
 ])
 def test_wrong_use(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         command.main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_quick_run_without_a_gpu_takes_a_sample() -> None:
+    chosen = command.sample(all_cases())
+    assert {c.group for c in chosen} == {c.group for c in all_cases()} and len(chosen) < 45
+    assert len({c.name for c in chosen}) == len(chosen)
 
 
 def test_host_profile() -> None:
