@@ -33,7 +33,7 @@ from gemsmode.target import Target
 
 
 @triton.jit
-def _comparable(x):
+def comparable(x):
     """Floats of 16 bits in float32: the interpreter compares bfloat16 as integers."""
     if x.dtype.is_floating() and x.dtype.primitive_bitwidth == 16:
         return x.to(tl.float32)
@@ -73,7 +73,7 @@ def select_kernel(p_values, p_indices, p_x, n, k, k_sizes, in_steps, out_steps, 
         count = tl.zeros([BLOCK], tl.int32)
         for first in range(0, n, BLOCK):
             m = first + j < n
-            x = _comparable(tl.load(p_row + (first + j).to(tl.int64) * in_stride, mask=m, other=0))
+            x = comparable(tl.load(p_row + (first + j).to(tl.int64) * in_stride, mask=m, other=0))
             count += (m & (x != x)).to(tl.int32)
         nans = tl.sum(count, 0)
     rank = _rank(n, nans, k, MEDIAN)
@@ -109,7 +109,7 @@ def pick_kernel(p_values, p_indices, p_x, p_sorted, p_order, n, k, rounds, k_siz
         high = low + n
         for _ in range(rounds):  # the first NaN
             middle = (low + high) >> 1
-            x = _comparable(tl.load(p_sorted + i_row * n + tl.minimum(middle, n - 1)))
+            x = comparable(tl.load(p_sorted + i_row * n + tl.minimum(middle, n - 1)))
             searching = low < high
             low, high = (tl.where(searching & (x == x), middle + 1, low), tl.where(searching & (x != x), middle, high))
         nans = n - low
@@ -135,8 +135,8 @@ def mode_kernel(p_values, p_indices, p_x, p_sorted, p_order, n, k_sizes, in_step
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
         m = i < n
-        x = _comparable(tl.load(p_row + i, mask=m, other=0))
-        before = _comparable(tl.load(p_row + tl.maximum(i - 1, 0), mask=m, other=0))
+        x = comparable(tl.load(p_row + i, mask=m, other=0))
+        before = comparable(tl.load(p_row + tl.maximum(i - 1, 0), mask=m, other=0))
         start = tl.where((i > 0) & (x != before), i, begun)
         start = tl.associative_scan(start, 0, _later)
         length = tl.where(m, i - start + 1, 0)
