@@ -150,8 +150,9 @@ def _larger(b, position, best, where, ok):
 
 @triton.jit
 def _max_1(p, o, m, position, best, where, at, dims, TAP: tl.constexpr, KIND: tl.constexpr, COUNTS: tl.constexpr):
-    if COUNTS[0] > 0:
-        for t in tl.static_range(COUNTS[0]):
+    N: tl.constexpr = COUNTS[0]
+    if N > 0:
+        for t in tl.static_range(N):
             i, _, ok = TAP(at[0], t, dims[0][2], KIND, 0)
             b = tl.load(p + (o + i * dims[0][0]), mask=m & ok, other=float("-inf")).to(best.dtype)
             best, where = _larger(b, position + i, best, where, m & ok)
@@ -168,8 +169,9 @@ def _max_2(p, o, m, position, best, where, at, dims, TAP: tl.constexpr, KIND: tl
     if len(dims) == 1:
         return _max_1(p, o, m, position, best, where, at, dims, TAP, KIND, COUNTS)
     else:
-        if COUNTS[1] > 0:
-            for t in tl.static_range(COUNTS[1]):
+        N: tl.constexpr = COUNTS[1]
+        if N > 0:
+            for t in tl.static_range(N):
                 i, _, ok = TAP(at[1], t, dims[1][2], KIND, 1)
                 best, where = _max_1(p, o + i * dims[1][0], m & ok, (position + i) * dims[0][2][0], best, where, at, dims, TAP, KIND, COUNTS)
         else:
@@ -184,8 +186,9 @@ def _max_3(p, o, m, best, where, at, dims, TAP: tl.constexpr, KIND: tl.constexpr
     if len(dims) < 3:
         return _max_2(p, o, m, 0, best, where, at, dims, TAP, KIND, COUNTS)
     else:
-        if COUNTS[2] > 0:
-            for t in tl.static_range(COUNTS[2]):
+        N: tl.constexpr = COUNTS[2]
+        if N > 0:
+            for t in tl.static_range(N):
                 i, _, ok = TAP(at[2], t, dims[2][2], KIND, 2)
                 best, where = _max_2(p, o + i * dims[2][0], m & ok, i * dims[1][2][0], best, where, at, dims, TAP, KIND, COUNTS)
         else:
@@ -203,8 +206,7 @@ def max_pool_kernel(p_out, indices, p_in, n_rows, n_columns, sizes, batch, out_s
     m, at, rest, x = place(n_rows, n_columns, sizes, CHANNELS, WIDE, BLOCK_Y, BLOCK_X)
     first = START(at[len(dims) - 1], dims[len(dims) - 1][2], KIND, len(dims) - 1)
     for d in tl.static_range(1, len(dims)):
-        down: tl.constexpr = len(dims) - 1 - d
-        first = first * dims[down][2][0] + START(at[down], dims[down][2], KIND, down)
+        first = first * dims[len(dims) - 1 - d][2][0] + START(at[len(dims) - 1 - d], dims[len(dims) - 1 - d][2], KIND, len(dims) - 1 - d)
     where = tl.broadcast_to(first, m.shape)
     best = tl.full(m.shape, float("-inf"), ACC)
     o_in = base(rest, x, batch, in_steps, CHANNELS)
@@ -230,8 +232,9 @@ def _take(total, p_grad, p_index, o_grad, o_index, m, own):
 def _hits_1(p_grad, p_index, o_grad, o_index, m, own, at, dims, TAP: tl.constexpr, KIND: tl.constexpr, COUNTS: tl.constexpr,
             ACC: tl.constexpr):
     total = tl.zeros(m.shape, ACC)
-    if COUNTS[0] > 0:
-        for t in tl.static_range(COUNTS[0]):
+    N: tl.constexpr = COUNTS[0]
+    if N > 0:
+        for t in tl.static_range(N):
             o, _, ok = TAP(at[0], t, dims[0][3], KIND, 0)
             total = _take(total, p_grad, p_index, o_grad + o * dims[0][0], o_index + o * dims[0][1], m & ok, own)
     else:
@@ -248,8 +251,9 @@ def _hits_2(p_grad, p_index, o_grad, o_index, m, own, at, dims, TAP: tl.constexp
         return _hits_1(p_grad, p_index, o_grad, o_index, m, own, at, dims, TAP, KIND, COUNTS, ACC)
     else:
         total = tl.zeros(m.shape, ACC)
-        if COUNTS[1] > 0:
-            for t in tl.static_range(COUNTS[1]):
+        N: tl.constexpr = COUNTS[1]
+        if N > 0:
+            for t in tl.static_range(N):
                 o, _, ok = TAP(at[1], t, dims[1][3], KIND, 1)
                 total += _hits_1(p_grad, p_index, o_grad + o * dims[1][0], o_index + o * dims[1][1], m & ok, own, at, dims, TAP, KIND,
                                  COUNTS, ACC)
@@ -268,8 +272,9 @@ def _hits_3(p_grad, p_index, o_grad, o_index, m, own, at, dims, TAP: tl.constexp
         return _hits_2(p_grad, p_index, o_grad, o_index, m, own, at, dims, TAP, KIND, COUNTS, ACC)
     else:
         total = tl.zeros(m.shape, ACC)
-        if COUNTS[2] > 0:
-            for t in tl.static_range(COUNTS[2]):
+        N: tl.constexpr = COUNTS[2]
+        if N > 0:
+            for t in tl.static_range(N):
                 o, _, ok = TAP(at[2], t, dims[2][3], KIND, 2)
                 total += _hits_2(p_grad, p_index, o_grad + o * dims[2][0], o_index + o * dims[2][1], m & ok, own, at, dims, TAP, KIND,
                                  COUNTS, ACC)
@@ -289,8 +294,7 @@ def max_pool_backward_kernel(p_out, p_grad, p_index, n_rows, n_columns, sizes, b
     m, at, rest, x = place(n_rows, n_columns, sizes, CHANNELS, WIDE, BLOCK_Y, BLOCK_X)
     own = at[len(dims) - 1]
     for d in tl.static_range(1, len(dims)):
-        down: tl.constexpr = len(dims) - 1 - d
-        own = own * sizes[down] + at[down]
+        own = own * sizes[len(dims) - 1 - d] + at[len(dims) - 1 - d]
     total = _hits_3(p_grad, p_index, base(rest, x, batch, grad_steps, CHANNELS), base(rest, x, batch, index_steps, CHANNELS), m, own,
                     at, dims, TAP, KIND, COUNTS, ACC)
     o_out = base(rest, x, batch, out_steps, CHANNELS) + spatial(at, out_strides)

@@ -114,8 +114,9 @@ def _read(p, o, m, i, t, dim):
 @triton.jit
 def _sum_1(p, o, m, at, dims, TAP: tl.constexpr, KIND: tl.constexpr, COUNTS: tl.constexpr, ACC: tl.constexpr):
     total = tl.zeros(m.shape, ACC)
-    if COUNTS[0] > 0:
-        for t in tl.static_range(COUNTS[0]):
+    N: tl.constexpr = COUNTS[0]
+    if N > 0:
+        for t in tl.static_range(N):
             i, weight, ok = TAP(at[0], t, dims[0][3], KIND, 0)
             total += _read(p, o, m & ok, i, t, dims[0]).to(ACC) * weight
     else:
@@ -131,8 +132,9 @@ def _sum_2(p, o, m, at, dims, TAP: tl.constexpr, KIND: tl.constexpr, COUNTS: tl.
         return _sum_1(p, o, m, at, dims, TAP, KIND, COUNTS, ACC)
     else:
         total = tl.zeros(m.shape, ACC)
-        if COUNTS[1] > 0:
-            for t in tl.static_range(COUNTS[1]):
+        N: tl.constexpr = COUNTS[1]
+        if N > 0:
+            for t in tl.static_range(N):
                 i, weight, ok = TAP(at[1], t, dims[1][3], KIND, 1)
                 inner = _sum_1(p, o + (i * dims[1][0] + t * dims[1][1]), m & ok, at, dims, TAP, KIND, COUNTS, ACC)
                 total += inner * weight
@@ -150,8 +152,9 @@ def _sum_3(p, o, m, at, dims, TAP: tl.constexpr, KIND: tl.constexpr, COUNTS: tl.
         return _sum_2(p, o, m, at, dims, TAP, KIND, COUNTS, ACC)
     else:
         total = tl.zeros(m.shape, ACC)
-        if COUNTS[2] > 0:
-            for t in tl.static_range(COUNTS[2]):
+        N: tl.constexpr = COUNTS[2]
+        if N > 0:
+            for t in tl.static_range(N):
                 i, weight, ok = TAP(at[2], t, dims[2][3], KIND, 2)
                 inner = _sum_2(p, o + (i * dims[2][0] + t * dims[2][1]), m & ok, at, dims, TAP, KIND, COUNTS, ACC)
                 total += inner * weight
