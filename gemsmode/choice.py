@@ -23,7 +23,8 @@ every token.
 **Where choices are kept.** One JSON file for each GPU, driver, torch, triton and gemsmode version, in ``$GEMSMODE_CACHE``, or
 ``$XDG_CACHE_HOME/gemsmode``, or ``~/.cache/gemsmode``. An entry holds while the source of the rule's kernels is what it
 was. Files are replaced whole; several processes merge theirs under a lock. A file that cannot be read as JSON is set
-aside with a warning.
+aside with a warning. Each process chooses for itself until it has seen what another one wrote, so that the ranks of a
+distributed program may run different implementations of an op.
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ PER_CLASS = 4
 
 MAX_KEPT = 20_000
 """Choices kept in one file; the oldest go first."""
+
+LISTED = 16
+"""Items of a list that a signature's text names one by one; of longer lists it has a hash."""
 
 FORMAT = 1
 
@@ -291,7 +295,11 @@ def signature(op: OpOverload, args: Sequence[Any], by_value: Iterable[str] = (),
         if value.__class__ is TensorMeta:
             return _tensor_text(value, size, classes)
         if value.__class__ in (tuple, list):
-            return "[" + ",".join(text(v, keep, classes) for v in value) + "]"
+            items = [text(v, keep, classes) for v in value]
+            if len(items) > LISTED:  # the parameters of a model
+                digest = hashlib.sha256("\n".join(items).encode()).hexdigest()[:12]
+                items = [*items[:2], f"... {len(items)} #{digest}"]
+            return "[" + ",".join(items) + "]"
         if isinstance(value, torch.Generator):
             return "generator"
         if value.__class__ is int and keep:

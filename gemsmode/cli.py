@@ -170,11 +170,13 @@ def _dtypes_of(report: Report) -> list[torch.dtype]:
 
 
 def _report(options: argparse.Namespace, out: Console) -> int:
+    if options.dry_run and options.prefer == "fastest":
+        raise UsageError("a dry run runs nothing that --prefer fastest could time; leave one of the two out")
     for name in ("target", "dtype"):
         if getattr(options, name) is not None and not options.dry_run:
             raise UsageError(f"--{name} says what a dry run is for; add --dry-run")
     if not options.dry_run:
-        code, report = _run_script(options, trace=True)
+        code, report = _run_script(options, trace=True, prefer=options.prefer)
     else:
         from gemsmode.dryrun import target_of
 
@@ -564,6 +566,8 @@ def build_parser() -> argparse.ArgumentParser:
                      "its own files (report.rank1.json) and rank 0 prints: torchrun --nproc-per-node 2 -m gemsmode report train.py")
     report.add_argument("-m", dest="module_flag", metavar="MODULE", help="run a module, as python -m does")
     report.add_argument("--strict", action="store_true", help="stop at the first rule that fails, instead of falling back")
+    report.add_argument("--prefer", choices=("rules", "fastest"),
+                        help="fastest: time each rule and PyTorch's own, take the faster one, and report both times")
     report.add_argument("--dry-run", action="store_true", help="run nothing: tensors are on the meta device, and calls are only decided")
     report.add_argument("--target", metavar="TARGET",
                         help="what a dry run is for: cuda:90, hip:gfx942, cpu... (default: this GPU, or cuda:90)")

@@ -387,7 +387,7 @@ class Runner:
                     "origin": case.origin, "goal": case.goal, "bytes_counted": case.bytes, "flops_counted": case.flops,
                     "scaled_down": self.settings.tiny, "device": str(self.device), "error": None, "skipped": None, "providers": {}}
         row.update({k: v for k, v in environment().items() if k in ("gpu", "torch", "triton", "driver", "gemsmode", "commit")})
-        row["at"] = round(time.time(), 3)
+        row["at"] = time.time()
         start = time.perf_counter()
         if why := self._left_out(case):
             row["skipped"], row["seconds"] = why, 0.0

@@ -254,6 +254,9 @@ def test_signatures_as_text() -> None:
     assert texts("cat", [x, x], 1)[0] == "aten.cat.default([f32[64,100],f32[64,100]], 1)"
     value, _ = signature(find_op("pow.Tensor_Scalar"), (describe(x), 2), by_value=("exponent",), state=("highest", False))
     assert value == "aten.pow.Tensor_Scalar(f32[64,100], 2) {highest}"
+    many = texts("_foreach_add.Scalar", [torch.empty(n) for n in range(40)], 1)[0]
+    assert many.startswith("aten._foreach_add.Scalar([f32[0],f32[1],... 40 #") and len(many) < 90
+    assert many != texts("_foreach_add.Scalar", [torch.empty(n + 1) for n in range(40)], 1)[0]
     # Classes: sizes a few percent apart, equally divisible, are one; small sizes and other layouts are not.
     one, other = texts("exp", torch.empty(2, 1040)), texts("exp", torch.empty(2, 1072))
     assert one[0] != other[0] and one[1] == other[1]
@@ -618,6 +621,9 @@ def test_tune(tmp_path: Path, capsys: Any, device: str, cache: Path) -> None:
     assert "add.Tensor(f32[8,8], int)" in capsys.readouterr().out
     assert cli.main(["explain", "add.Tensor", "f32[8,8]", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["choice"]["taken"] in ("rule", "native")
+    assert cli.main(["report", "--prefer", "fastest", str(script), device]) == 0
+    assert "kept from before" in capsys.readouterr().out
+    assert cli.main(["report", "--prefer", "fastest", "--dry-run", str(script), device]) == 2
     assert cli.main(["tune"]) == 2
     script.write_text("print(1)")
     assert cli.main(["tune", str(script)]) == 1
