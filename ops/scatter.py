@@ -278,7 +278,7 @@ def _launch(call: Call, writes: Writes, out: Any, out_meta: TensorMeta, mode: in
     inner = tuple(bool(column[0]) for column in loop.operands[3:])
     metas = [m for m in (values.meta, mask and mask[1]) if m]
     wide = is_wide(out_meta, *[m for _, m, *_ in refs], *metas, TensorMeta(torch.int8, shape, contiguous_strides(shape), out_meta.device))
-    columns_first = any(inner) and min(steps) <= max(loop.operands[0][0], 1)
+    columns_first = not inner or any(inner) and min(steps) <= max(loop.operands[0][0], 1)
     grid = share(loop.rows, loop.sizes[0], out_meta.dtype.itemsize, call.target, columns_first, wide, any(inner) and not columns_first)
     args = (out, () if values.ref is None else (values.ref,), values.number, () if mask is None else (mask[0],), tuple(r for r, *_ in refs),
             tuple(Size(v) for v in limits), tuple(stride(s) for s in steps), grid.tiles, Size(loop.rows), sizes, *strides[:3],
@@ -395,7 +395,7 @@ def _number(call: Call, index: int, x: TensorMeta) -> Num:
     return Num(index, "fp64" if x.dtype == torch.float64 else "fp32" if x.dtype.is_floating_point else "i64")
 
 
-def _one(x: TensorMeta) -> float | int:
+def one_of(x: TensorMeta) -> float | int:
     return 1.0 if x.dtype.is_floating_point else 1
 
 
@@ -414,7 +414,7 @@ def written_advanced(call: Call, given: Sequence[Given], value: int, accumulate:
             raise Decline("PyTorch rejects it: the values do not broadcast to the indices")
         masks = None if mask is None else (Arg(mask), call.args[mask], broadcast_strides(call.args[mask], shape))
         return Writes(shape, own, refs, [x.shape[d] for _, _, d, _ in refs], [strides[d] for _, _, d, _ in refs],
-                      Values(Arg(value), values, broadcast_strides(values, shape), _one(x)), outside, masks)
+                      Values(Arg(value), values, broadcast_strides(values, shape), one_of(x)), outside, masks)
 
     return put(call, out, make, ADD if accumulate else SET)
 
@@ -461,7 +461,7 @@ def put_flat(call: Call) -> Plan:
     if not index.is_contiguous:
         flat = (Arg(1), index, 0, index.stride)
     shape = flat[1].shape
-    values = Values(Arg(2), TensorMeta(source.dtype, shape, flat[3], source.device), flat[3], _one(x))
+    values = Values(Arg(2), TensorMeta(source.dtype, shape, flat[3], source.device), flat[3], one_of(x))
     return put(call, written(call, False), lambda strides: Writes(shape, (0,) * len(shape), [flat], [x.numel], [1], values, WRAP),
                ADD if accumulate else SET)
 
@@ -505,7 +505,7 @@ def scatter_src(call: Call) -> Plan:
     """self, dim, index, src: ``self[index] = src`` along dim."""
     if deterministic():
         raise Decline("which of several writes to one place wins is not determined")
-    return put(call, written(call, False), _scatter_writes(call, 3, _one(call.args[0])), SET)
+    return put(call, written(call, False), _scatter_writes(call, 3, one_of(call.args[0])), SET)
 
 
 @planned(["aten.scatter.value", "aten.scatter_.value"], dtype(*ALL, arg="self"), family="indexing", kernel=put_kernel)
@@ -518,7 +518,7 @@ def scatter_value(call: Call) -> Plan:
          state=(deterministic,))
 def scatter_add(call: Call) -> Plan:
     """self, dim, index, src: ``self[index] += src`` along dim, by atomics."""
-    return put(call, written(call, False), _scatter_writes(call, 3, _one(call.args[0])), ADD)
+    return put(call, written(call, False), _scatter_writes(call, 3, one_of(call.args[0])), ADD)
 
 
 @planned(["aten.scatter.reduce", "aten.scatter_.reduce"], dtype(*NUMERIC, arg="self"), family="indexing", kernel=put_kernel,
@@ -526,8 +526,8 @@ def scatter_add(call: Call) -> Plan:
 def scatter_reduce(call: Call) -> Plan:
     """``scatter_add`` under another name, or products."""
     if call["reduce"] == "add":
-        return put(call, written(call, False), _scatter_writes(call, 3, _one(call.args[0])), ADD)
-    return _reduced(call, _scatter_writes(call, 3, _one(call.args[0])), "prod", True)
+        return put(call, written(call, False), _scatter_writes(call, 3, one_of(call.args[0])), ADD)
+    return _reduced(call, _scatter_writes(call, 3, one_of(call.args[0])), "prod", True)
 
 
 @planned(["aten.scatter.value_reduce", "aten.scatter_.value_reduce"], dtype(*NUMERIC, arg="self"), family="indexing", kernel=put_kernel,
@@ -544,7 +544,7 @@ def scatter_value_reduce(call: Call) -> Plan:
          state=(deterministic,))
 def scatter_reduce_two(call: Call) -> Plan:
     """self, dim, index, src, reduce (sum, prod, mean, amax, amin), include_self."""
-    return _reduced(call, _scatter_writes(call, 3, _one(call.args[0])), call["reduce"], call["include_self"])
+    return _reduced(call, _scatter_writes(call, 3, one_of(call.args[0])), call["reduce"], call["include_self"])
 
 
 # -- whole slices by a vector of indices -------------------------------------------------------------------------------
@@ -584,7 +584,7 @@ def index_copy(call: Call) -> Plan:
     """self, dim, index, source: ``self[..., index, ...] = source``."""
     if deterministic():
         raise Decline("which of several writes to one place wins is not determined")
-    return put(call, written(call, True), _slices(call, 3, _one(call.args[0])), SET)
+    return put(call, written(call, False), _slices(call, 3, one_of(call.args[0])), SET)
 
 
 @planned(["aten.index_fill.int_Scalar", "aten.index_fill_.int_Scalar"], dtype(*ALL, arg="self"), family="indexing", kernel=put_kernel)
@@ -601,11 +601,11 @@ def index_fill_tensor(call: Call) -> Plan:
         raise Decline("PyTorch rejects it: a value that is no 0-dim tensor")
     if value.device != x.device or value.dtype != x.dtype:
         raise Decline("a value on another device or of another dtype")
-    fill = _slices(call, None, _one(x))
+    fill = _slices(call, None, one_of(x))
 
     def make(strides: tuple[int, ...]) -> Writes:
         writes = fill(strides)
-        return writes._replace(values=Values(Arg(3), value, (0,) * len(writes.shape), _one(x)))
+        return writes._replace(values=Values(Arg(3), value, (0,) * len(writes.shape), one_of(x)))
 
     return put(call, written(call, True), make, SET)
 
@@ -613,12 +613,12 @@ def index_fill_tensor(call: Call) -> Plan:
 @planned("aten.index_reduce_.default", dtype(*NUMERIC, arg="self"), family="indexing", kernel=put_kernel, state=(deterministic,))
 def index_reduce_(call: Call) -> Plan:
     """self, dim, index, source, reduce (prod, mean, amax, amin), include_self."""
-    return _reduced(call, _slices(call, 3, _one(call.args[0])), call["reduce"], call["include_self"])
+    return _reduced(call, _slices(call, 3, one_of(call.args[0])), call["reduce"], call["include_self"])
 
 
 @planned("aten.index_reduce.default", dtype(*NUMERIC, arg="self"), family="indexing", kernel=put_kernel, state=(deterministic,))
 def index_reduce(call: Call) -> Plan:
-    return _reduced(call, _slices(call, 3, _one(call.args[0])), call["reduce"], call["include_self"])
+    return _reduced(call, _slices(call, 3, one_of(call.args[0])), call["reduce"], call["include_self"])
 
 
 # -- reductions --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Compiles kernels for a GPU that is not present; run by ``test_compile`` in a process of its own.
 
-    GEMSMODE_TARGET=cuda:90 python compile_worker.py JOBS RESULTS SHARD SHARDS [full|some|few]
+    GEMSMODE_TARGET=cuda:90 python compile_worker.py JOBS RESULTS SHARD SHARDS full|some|few|brief [TARGET...]
 
 JOBS is a pickle of :class:`Job`; RESULTS becomes a JSON list with a row for each kernel and one for each failed plan.
+TARGETs default to the process's own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -50,21 +52,26 @@ def launch_choice(spec: Any) -> tuple[Any, ...]:
     return f"{spec.kernel.fn.__module__}.{spec.kernel.__name__}", plain, spec.num_warps, spec.num_stages
 
 
-def choose(specs: dict[Any, str], amount: str) -> list[Any]:
+TARGETS = ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942")
+
+
+def choose(specs: dict[Any, str], amount: str, target: str) -> list[Any]:
     """The specs to compile: all for ``full``, else in dtypes and layouts that depend on names only
 
     - ``some``: each function that a kernel is made of once, and a fifth of the launch choices of each kernel;
-    - ``few``: each kernel once, a twelfth of the functions, and a thirtieth of the launch choices.
+    - ``few``: each kernel once, a twelfth of the functions, and a thirtieth of the launch choices;
+    - ``brief``: each kernel once, and the fourth of the functions whose turn it is on ``target``.
     """
     if amount == "full":
         return list(specs)
-    every_function, every_choice = (1, 5) if amount == "some" else (12, 30)
+    every_function, every_choice = {"some": (1, 5), "few": (12, 30), "brief": (len(TARGETS), 1 << 32)}[amount]
+    turn = TARGETS.index(target) if amount == "brief" and target in TARGETS else 0
     groups: dict[Any, list[Any]] = {}
     for spec in specs:
         name = f"{spec.kernel.fn.__module__}.{spec.kernel.__name__}"
         groups.setdefault(("kernel", name), []).append(spec)
         for function in functions_in(spec.constants):
-            if zlib.crc32(function.encode()) % every_function == 0:
+            if zlib.crc32(function.encode()) % every_function == turn:
                 groups.setdefault(("function", name, function) if "pointwise" not in name else ("function", function), []).append(spec)
         choice = launch_choice(spec)
         if zlib.crc32(repr(choice).encode()) % every_choice == 0:
@@ -92,16 +99,26 @@ def resources(compiled: Any, backend: str) -> tuple[int | None, int]:
     return (int(match[1]), int(match[2])) if match else (None, 0)
 
 
-def main(jobs_path: str, results_path: str, shard: str, shards: str, amount: str) -> None:
+def main(jobs_path: str, results_path: str, shard: str, shards: str, amount: str, *targets: str) -> None:
     import gemsmode
-    from gemsmode import launch, plan, registry, target
-    from gemsmode.handlers import Policy
+    from gemsmode import target
+    from gemsmode.target import _from_name
 
     gemsmode.load_ops()
-    here = target.current()
-    name = f"{here.backend}:{here.arch}"
-    policy = Policy(registry.default, strict=True)
     jobs: list[Job] = pickle.loads(Path(jobs_path).read_bytes())
+    rows: list[dict[str, Any]] = []
+    for here in map(_from_name, targets) if targets else [target.current()]:
+        rows += compile_for(here, jobs, int(shard), int(shards), amount)
+    Path(results_path).write_text(json.dumps(rows))
+
+
+def compile_for(here: Any, jobs: Sequence[Job], shard: int, shards: int, amount: str) -> list[dict[str, Any]]:
+    """Plan ``jobs`` for the target ``here`` and compile a share of what the plans launch."""
+    from gemsmode import launch, plan, registry
+    from gemsmode.handlers import Policy
+
+    name = f"{here.backend}:{here.arch}"
+    policy = Policy(registry.default, strict=True, target=here)
     rows: list[dict[str, Any]] = []
     specs: dict[Any, str] = {}
     planned: dict[str, int] = {}
@@ -118,10 +135,10 @@ def main(jobs_path: str, results_path: str, shard: str, shards: str, amount: str
             for spec in plan.specs(decided.plan, job.aligned):
                 specs.setdefault(spec, f"{job.op}, {job.what}")
     for op, count in planned.items():
-        if not count and shard == "0":
+        if not count and shard == 0:
             rows.append(failure(name, op, "no plan was made for any of its calls", planned=False))
-    for i, spec in enumerate(choose(specs, amount)):
-        if i % int(shards) != int(shard):
+    for i, spec in enumerate(choose(specs, amount, name)):
+        if i % shards != shard:
             continue
         began = time.perf_counter()
         row: dict[str, Any] = {"target": name, "kernel": spec.kernel.__name__, "what": specs[spec],
@@ -135,7 +152,7 @@ def main(jobs_path: str, results_path: str, shard: str, shards: str, amount: str
             row["error"] = f"{type(error).__name__}: {error}"
         row["seconds"] = time.perf_counter() - began
         rows.append(row)
-    Path(results_path).write_text(json.dumps(rows))
+    return rows
 
 
 def failure(target: str, op: str, text: str, planned: bool = True) -> dict[str, Any]:
@@ -146,4 +163,4 @@ def failure(target: str, op: str, text: str, planned: bool = True) -> dict[str, 
 if __name__ == "__main__":
     # Unpickled jobs name their class by this module's name, whichever way it was started.
     sys.modules.setdefault("compile_worker", sys.modules["__main__"])
-    main(*sys.argv[1:6])
+    main(*sys.argv[1:])

@@ -523,6 +523,12 @@ def samples(info: Any, dtype: torch.dtype, grad: bool = False, cap: int | None =
     return thin(list(itertools.islice(all_samples(info, dtype, grad), most)), limit, lambda s: elements((s.input, s.args, s.kwargs)))
 
 
+def spread(info: Any, dtype: torch.dtype, grad: bool, count: int) -> list[Any]:
+    """``count`` of the first 40 samples of ``info``, the first one and others evenly from all of them."""
+    found = list(itertools.islice(all_samples(info, dtype, grad), 40))
+    return found if len(found) <= count else [found[i * len(found) // count] for i in range(count)]
+
+
 def dtypes_of(info: Any, grad: bool = False) -> list[torch.dtype]:
     supported = info.supported_backward_dtypes(OPTIONS.device) if grad else info.supported_dtypes(OPTIONS.device)
     wanted = DTYPES if not grad else FLOAT_DTYPES
@@ -608,7 +614,7 @@ def _reach_of(info: Any) -> Reach | None:
         with torch.inference_mode(), inference:
             info(sample.input, *sample.args, **sample.kwargs)
 
-    for sample in itertools.islice(all_samples(info, dtype, grad), 4 if OPTIONS.brief else 6):
+    for sample in spread(info, dtype, grad, 6):
         for part in (with_autograd, without):
             with contextlib.suppress(Exception):
                 quietly(part, sample)
@@ -718,7 +724,7 @@ def logged(name: str, dtype: torch.dtype) -> dict[Any, list[Template]]:
         return {}
     grad = bool(info.supports_autograd and dtype in info.supported_backward_dtypes(OPTIONS.device))
     log = _CallLog(name)
-    for sample in itertools.islice(all_samples(info, dtype, grad), 8 if OPTIONS.brief else 24):
+    for sample in spread(info, dtype, grad, 8 if OPTIONS.brief else 24):
         def run(s: Any = sample) -> None:
             with log:
                 out = info(s.input, *s.args, **s.kwargs)
@@ -857,6 +863,12 @@ def pointwise_bases() -> dict[OpOverload, Any]:
     return {registry.find_op(d.op): d for d in declarations}
 
 
+def promoted_dtypes(op: OpOverload) -> frozenset[torch.dtype]:
+    """The promoted dtypes that the declarations behind a pointwise ``op`` take."""
+    bases = [op, *(c.variant.base for c in served().get(op, ()) if c.variant is not None)]
+    return frozenset(d for b in bases if b in pointwise_bases() for d in pointwise_bases()[b].dtypes)
+
+
 _NUMBERS = {"number": 2, "float": 0.5, "int": 1, "SymInt": 1, "bool": False, "str": "none"}
 
 
@@ -958,6 +970,26 @@ NATIVE_CRASHES: dict[str, str] = {
 }
 """Overloads whose native kernel must not be called with arguments made up for it, and why."""
 
+TIES = {"sort", "topk", "kthvalue", "median", "nanmedian", "mode"}
+"""Ops that return values and where they stood: of equal values PyTorch leaves open which one is meant."""
+
+
+def ties_open(op: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether ``op`` may return other indices than PyTorch does."""
+    stable = next((a for p, a in zip(parameters(op), args) if p.name == "stable"), False)
+    return _packet(op) in TIES and not stable and len(op._schema.returns) == 2
+
+
+def _indices_lead_to_values(what: str, op: OpOverload, args: Sequence[Any], result: Any) -> None:
+    values, indices = result
+    given = {p.name: a for p, a in zip(parameters(op), args)}
+    x, dim = given["self"], given.get("dim", -1)
+    if not x.ndim or not isinstance(dim, int) or not indices.numel():
+        return
+    at, expected = (indices, values) if indices.ndim == x.ndim else (indices.unsqueeze(dim), values.unsqueeze(dim))
+    compare_tensor(f"{what}, values at the indices", x.gather(dim, at.to(x.device)), expected, None, "pointwise", strides=False)
+
+
 CPU_ONLY_ERRORS = ("not implemented for", "ZeroDivisionError", "could not create a primitive")
 """What PyTorch raises on CPU tensors and not on a GPU's, whose behaviour the kernels have."""
 
@@ -1016,7 +1048,13 @@ def check_call(op: OpOverload, args: tuple[Any, ...], kind: str | None = None) -
     positions, unsaid = written(op), written_unsaid(op)
     exact = _exact(op, args)
     values = _values_matter(op)
-    compare(where, outcome.result, expected, exact, kind, values=values)
+    if ties_open(op, args):
+        compare(f"{where}, values", outcome.result[0], expected[0], None, kind)
+        compare(f"{where}, indices", outcome.result[1], expected[1], None, kind, values=False)
+        _indices_lead_to_values(where, op, args, outcome.result)
+        values = False
+    else:
+        compare(where, outcome.result, expected, exact, kind, values=values)
     if positions:
         results = tree_leaves(outcome.result)
         for i in positions:

@@ -1,8 +1,9 @@
 """Every kernel, with the launch choices that plans really make, is compiled for GPUs that are not present.
 
 The calls planned for are OpInfo's, with their tensors' metadata moved to a GPU, in several dtypes and layouts and scaled
-up; elementwise ops get shapes of their own for each path through their kernels. A default run compiles each function for
-sm_90 once, in a dtype and layout that depends on its name, and fewer for the other GPUs; ``--full`` compiles everything.
+up; elementwise ops get shapes of their own for each path through their kernels. A default run compiles each kernel once
+for each GPU and each function of elementwise ops for one of them, in dtypes and layouts that depend on their names;
+``--generated`` compiles each function and a fifth of the launch choices for sm_90, and ``--full`` everything.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from compile_worker import Job
+from compile_worker import TARGETS, Job
 from harness import parameters, served
 from torch._ops import OpOverload
 
@@ -75,6 +76,8 @@ def elementwise_layouts(dtype: torch.dtype) -> Layouts:
 
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.int8, torch.int16)
+if harness.OPTIONS.brief:
+    FLOATS, OTHERS = FLOATS[:2], OTHERS[:1]
 
 
 def retyped(args: Any, old: torch.dtype, new: torch.dtype) -> Any:
@@ -151,7 +154,8 @@ def jobs_of(op: OpOverload) -> list[Job]:
                 jobs.append(Job(name, tuple(args), f"{layout}, {short(dtype)}", layout != "unaligned", True))
         return jobs
     distinct = list(dict.fromkeys(a for a in plain if hashable(a)))
-    distinct = [distinct[i * len(distinct) // 12] for i in range(12)] if len(distinct) > 12 else distinct
+    most = 4 if harness.OPTIONS.brief else 12
+    distinct = [distinct[i * len(distinct) // most] for i in range(most)] if len(distinct) > most else distinct
     for dtype in dtypes:
         for args in (retyped(a, base_dtype, dtype) for a in distinct):
             for what, changed, sound in (("as it is", args, True), ("transposed", transposed(args), False),
@@ -184,29 +188,33 @@ def jobs_file(folder: str) -> Path:
 
 
 def shards() -> list[tuple[str, int, int, str]]:
+    """Targets, a share of their kernels, and how many kernels there are to be; a process each."""
     if harness.OPTIONS.full:
-        return [(t, i, 4, "full") for t in ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942") for i in range(4)]
-    return [("cuda:90", i, 2, "some") for i in range(2)] + [(t, 0, 1, "few") for t in ("cuda:80", "cuda:100", "hip:gfx942")]
+        return [(t, i, 4, "full") for t in TARGETS for i in range(4)]
+    if harness.OPTIONS.brief:
+        return [(" ".join(TARGETS), 0, 1, "brief")]
+    return [("cuda:90", i, 2, "some") for i in range(2)] + [(t, 0, 1, "few") for t in TARGETS[1:]]
 
 
 @pytest.mark.parametrize(("target", "shard", "of", "amount"), shards(), ids=lambda v: str(v).replace(":", "-"))
 def test_kernels_compile(target: str, shard: int, of: int, amount: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    results = tmp_path / "rows.json"
+    targets, results = target.split(), tmp_path / "rows.json"
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")}
-    environment["GEMSMODE_TARGET"] = target
+    environment["GEMSMODE_TARGET"] = targets[0]
     worker = Path(__file__).with_name("compile_worker.py")
     jobs = jobs_file(str(tmp_path_factory.getbasetemp()))
-    command = [sys.executable, str(worker), str(jobs), str(results), str(shard), str(of), amount]
+    command = [sys.executable, str(worker), str(jobs), str(results), str(shard), str(of), amount, *targets]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     rows: list[dict[str, Any]] = json.loads(results.read_text())
     harness.KERNELS.extend(r for r in rows if r["kernel"] != "-")
-    unplanned = [r["what"] for r in rows if not r["planned"] and r["what"] not in NO_PLAN]
-    failed = [f"{r['kernel']}{r['functions']} ({r['what']}): {r['error'][:400]}" for r in rows if r["error"] and r["planned"]]
-    spilling = [f"{r['kernel']}{r['functions']} ({r['what']}): {r['spilled']} bytes of stack, {r['registers']} registers"
+    unplanned = [f"{r['what']} on {r['target']}" for r in rows if not r["planned"] and r["what"] not in NO_PLAN]
+    failed = [f"{r['target']} {r['kernel']}{r['functions']} ({r['what']}): {r['error'][:400]}" for r in rows if r["error"] and r["planned"]]
+    spilling = [f"{r['target']} {r['kernel']}{r['functions']} ({r['what']}): {r['spilled']} bytes of stack, {r['registers']} registers"
                 for r in rows if r["spilled"] > STACK and not any(n.rpartition(".")[2] in SPILLS for n in (*r["functions"], r["kernel"]))]
     compiled = sum(1 for r in rows if r["kernel"] != "-" and not r["error"])
-    assert compiled, "nothing was compiled"
+    for name in targets:
+        assert any(r["target"] == name and r["kernel"] != "-" and not r["error"] for r in rows), f"nothing was compiled for {name}"
     problems = {"no plan on a GPU for any call of": unplanned, "not compiled:": failed, f"spill more than {STACK} bytes:": spilling}
     texts = [f"{len(found)} {title}\n  " + "\n  ".join(found[:40]) for title, found in problems.items() if found]
     assert not texts, f"{target}, {compiled} kernels compiled\n" + "\n".join(texts)

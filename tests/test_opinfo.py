@@ -71,9 +71,17 @@ def kind_for(case: Case) -> str:
     return kinds.pop() if len(own) <= 1 and len(kinds) == 1 else "reduction"
 
 
+PASSING: dict[str, str] = {
+    "as_strided_copy": "its samples give an offset into the storage, which no rule serves; test_overload calls it without",
+}
+"""OpInfos none of whose samples a rule serves, and why."""
+
+
 def finish(case: Case, failures: Failures, intercepted: int, met: set[str]) -> None:
     """The end of a test; ``met``: why calls of its ops passed through (nothing, if none was called at all)."""
     failures.done()
+    if case.name in PASSING and not intercepted:
+        pytest.skip(PASSING[case.name])
     if not intercepted and all("complex" in reason for reason in met):
         pytest.skip("the samples of this run reach these ops with complex tensors, or not at all; test_overload calls them")
     assert intercepted, f"no sample was intercepted:\n  {harness.reasons(case.targets)}"
@@ -102,7 +110,11 @@ def run_forward(case: Case, context: Any = torch.no_grad) -> None:
                 met.update(d.reason or d.kind for op, d in outcome.calls if op in case.targets and d.kind != "rule")
                 tally(outcome.calls)
                 exact = harness.reference(call, tree) if values else None
-                compare("result", outcome.result, expected, exact, kind, values=values)
+                if info.name in harness.TIES and isinstance(expected, tuple):
+                    compare("values", outcome.result[0], expected[0], None, kind)
+                    compare("indices", outcome.result[1], expected[1], None, kind, values=False)  # test_overload follows them
+                else:
+                    compare("result", outcome.result, expected, exact, kind, values=values)
 
             failures.check(f"{info.name}({describe_sample(sample)})", check)
     finish(case, failures, intercepted, met)
@@ -308,14 +320,15 @@ def test_overload(op: OpOverload) -> None:
     if (why := harness.NATIVE_CRASHES.get(short_name(op))) is not None and harness.OPTIONS.device == "cuda":
         pytest.skip(why)
     failures, intercepted, ran = Failures(), 0, 0
-    brief, met = harness.OPTIONS.brief, 0
+    brief, served_dtypes = harness.OPTIONS.brief, 0
     dtypes = TEMPLATE_DTYPES if harness.OPTIONS.full else TEMPLATE_DTYPES[:4]
     for dtype in harness.some(dtypes, short_name(op), len(dtypes)):
-        if brief and met == 2:
+        if brief and served_dtypes == 2:
             break
-        found = harness.thin(harness.templates(op, dtype), 1 if brief else 2, lambda t: harness.elements(t.args))
-        met += bool(found)
-        for template in found:
+        before = intercepted
+        for template in harness.thin(harness.templates(op, dtype), 3 if brief else 2, lambda t: harness.elements(t.args)):
+            if brief and intercepted > before:
+                break
             ran += 1
 
             def check(template: Any = template) -> None:
@@ -323,10 +336,13 @@ def test_overload(op: OpOverload) -> None:
                 intercepted += harness.check_call(op, template.args)
 
             failures.check(template.origin, check)
+        served_dtypes += intercepted > before
     failures.done()
     name = short_name(op)
     if not ran:
         where = next((place for pattern, place in UNREACHED.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if where is None and brief:
+            pytest.skip("no call could be made: `pytest --generated` fails here until UNREACHED says where else it is called")
         assert where is not None, "no OpInfo reaches this overload and none could be made from its schema"
         pytest.skip(f"called in {where}")
     if name not in NEVER_INTERCEPTED:

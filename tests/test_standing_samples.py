@@ -38,7 +38,8 @@ def dtypes_for(op: OpOverload) -> list[torch.dtype]:
         return [torch.float32, *DTYPES]
     other = DTYPES[zlib.crc32(str(op).encode()) % len(DTYPES)]
     if harness.OPTIONS.brief:
-        return [torch.float32, other]
+        taken = [d for d in (torch.float32, torch.int64, *DTYPES) if d in harness.promoted_dtypes(op)]
+        return list(dict.fromkeys((taken[0], taken[zlib.crc32(str(op).encode()) % len(taken)])))
     return [torch.float32, torch.bfloat16 if other == torch.float16 else other, torch.int64]
 
 
@@ -289,6 +290,12 @@ def relaid_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=formats[x.ndim]) if x.ndim in formats else x
 
 
+CONTIGUOUS_ON_CPU: dict[str, str] = {
+    "adaptive_max_pool3d_backward": "PyTorch's CPU kernel reads the indices as if they were contiguous",
+    "adaptive_max_pool3d_backward.grad_input": "as without out=",
+}
+"""Ops whose other layouts are compared on a GPU only, and why."""
+
 LAYOUTS = {"transposed": relaid_transposed, "sliced": relaid_sliced, "unaligned": relaid_offset, "expanded": relaid_expanded,
            "channels_last": relaid_last}
 
@@ -297,14 +304,18 @@ LAYOUTS = {"transposed": relaid_transposed, "sliced": relaid_sliced, "unaligned"
 def test_layouts(op: OpOverload) -> None:
     """OpInfo's calls with all tensors, and with only the first, laid out in other ways."""
     skip_crashes(op)
+    if (why := CONTIGUOUS_ON_CPU.get(short_name(op))) is not None and harness.OPTIONS.device == "cpu":
+        pytest.skip(why)
     failures, intercepted, ran = Failures(), 0, 0
     for dtype in (torch.float32, torch.int64, torch.bool):
         found = [t for t in harness.templates(op, dtype) if harness.elements(t.args) > 1]
         if not found or (intercepted and not harness.OPTIONS.full):
             continue
         found = harness.thin(sorted(found, key=lambda t: -max(a.ndim for a in harness.tree_leaves(t.args) if isinstance(a, torch.Tensor))),
-                             1 if harness.OPTIONS.brief else 2, lambda t: harness.elements(t.args))
+                             4 if harness.OPTIONS.brief else 2, lambda t: harness.elements(t.args))
         for number, template in enumerate(found):
+            if harness.OPTIONS.brief and intercepted:
+                break
             for name, relaid in LAYOUTS.items():
                 for which in ("all", "the first") if harness.OPTIONS.full or not (number or harness.OPTIONS.brief) else ("all",):
                     seen = False
@@ -375,7 +386,7 @@ def test_inplace_through_views(op: OpOverload) -> None:
         if template is None or not only_plain_tensors(op):
             continue
         for name, view in VIEWS.items():
-            if harness.OPTIONS.brief and (dtype != torch.float32 or name not in ("columns", "inner")):
+            if harness.OPTIONS.brief and name not in ("columns", "inner"):
                 continue
             written = view(tensor((6, 11), dtype))
             others = [tensor(written.shape, dtype, 100 + i) for i in range(count_tensors(template) - 1)]
