@@ -380,16 +380,18 @@ def take(call: Call) -> Plan:
     return Plan((alloc, *allocs), launches + reading, Out(0), {Arg(0): x, Arg(1): index}, bytes=moved)
 
 
-def contiguous(call: Call, arg: int, out: int, shape: tuple[int, ...] | None = None) -> tuple[Any, tuple[Alloc, ...], tuple[Launch, ...]]:
-    """A reference to the elements of argument ``arg``, expanded to ``shape``, in order without gaps: itself, or a copy of it as
-    the plan's allocation number ``out``, with the launch that makes it."""
-    x = call.args[arg]
+def contiguous(call: Call, arg: int | Arg, out: int,
+               shape: tuple[int, ...] | None = None) -> tuple[Any, tuple[Alloc, ...], tuple[Launch, ...]]:
+    """A reference to the elements of an argument (its number, or an item of a list), expanded to ``shape``, in order and without
+    gaps: to itself, or to a copy of it as the plan's allocation number ``out``, with the launch that makes it."""
+    ref = arg if isinstance(arg, Arg) else Arg(arg)
+    x = call.args[ref.index] if ref.item is None else call.args[ref.index][ref.item]
     wanted = x.shape if shape is None else shape
     seen = TensorMeta(x.dtype, wanted, broadcast_strides(x, wanted), x.device)
     if seen.is_contiguous:
-        return Arg(arg), (), ()
+        return ref, (), ()
     alloc = Alloc(wanted, contiguous_strides(wanted), x.dtype)
-    return Out(out), (alloc,), copied(call.target, Arg(arg), seen, Out(out), alloc.stride, itemsize=x.dtype.itemsize)
+    return Out(out), (alloc,), copied(call.target, ref, seen, Out(out), alloc.stride, itemsize=x.dtype.itemsize)
 
 
 # -- indexing with several tensors -------------------------------------------------------------------------------------

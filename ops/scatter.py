@@ -156,7 +156,7 @@ def put_kernel(p_out, values, number, masks, indices, limits, steps, tiles, n_ro
 @triton.jit
 def scatter_rows_kernel(p_out, p_x, values, number, p_index, limit, n_rows, sizes, out_strides, x_strides, value_strides, index_strides,
                         ADD: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
-    """``out[r] = x[r]``, then ``out[r, index[r, c]] = values[r, c]`` (ADD: ``+=``; without values, ``number``).
+    """``out[r] = x[r]``, then ``out[r, index[r, c]] = values[r, c]`` (ADD: ``+= number * values[r, c]``; without values, ``number``).
 
     ``sizes`` are those of the index, its row first; rows of x have ``limit`` elements. Grid: blocks of whole rows.
     """
@@ -181,6 +181,8 @@ def scatter_rows_kernel(p_out, p_x, values, number, p_index, limit, n_rows, size
         place = chosen(p_index, o_index + c * index_strides[0], m, limit, 0, WIDE)
         if len(values) == 1:
             b = tl.load(values[0] + o_value + c * value_strides[0], mask=m)
+            if ADD:
+                b = (b.to(COMPUTE) * tl.cast(number, COMPUTE)).to(p_out.dtype.element_ty)
         else:
             b = tl.broadcast_to(tl.cast(number, COMPUTE), m.shape).to(p_out.dtype.element_ty)
         if ADD:
@@ -278,7 +280,7 @@ def _launch(call: Call, writes: Writes, out: Any, out_meta: TensorMeta, mode: in
     inner = tuple(bool(column[0]) for column in loop.operands[3:])
     metas = [m for m in (values.meta, mask and mask[1]) if m]
     wide = is_wide(out_meta, *[m for _, m, *_ in refs], *metas, TensorMeta(torch.int8, shape, contiguous_strides(shape), out_meta.device))
-    columns_first = not inner or any(inner) and min(steps) <= max(loop.operands[0][0], 1)
+    columns_first = not inner or (any(inner) and min(steps) <= max(loop.operands[0][0], 1))
     grid = share(loop.rows, loop.sizes[0], out_meta.dtype.itemsize, call.target, columns_first, wide, any(inner) and not columns_first)
     args = (out, () if values.ref is None else (values.ref,), values.number, () if mask is None else (mask[0],), tuple(r for r, *_ in refs),
             tuple(Size(v) for v in limits), tuple(stride(s) for s in steps), grid.tiles, Size(loop.rows), sizes, *strides[:3],
