@@ -31,7 +31,8 @@ SHOWN = {
 }
 """The cases that the README names, and what it calls them."""
 
-NAMES = {"fastest": '`prefer="fastest"`', "capture": "`capture`", "compile": "torch.compile", "flag_gems": "flag_gems",
+NAMES = {"fastest": '`prefer="fastest"`', "patch": "`patch`", "patch+capture": "`patch` and `capture`",
+         "capture": "`capture`", "compile": "torch.compile", "flag_gems": "flag_gems",
          "liger_kernel": "liger_kernel"}
 
 

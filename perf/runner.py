@@ -39,9 +39,12 @@ from perf import models, start
 from perf.cases import DTYPES, GROWING, Case, llama_parameters, shrunk
 from perf.measure import Context, Runnable, Stopwatch, Times
 
-PROVIDERS = ("eager", "gemsmode", "fastest", "capture", "compile", "flag_gems", "liger_kernel")
-"""Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")``, ``capture`` is ``gemsmode.capture`` of a whole model,
-``compile`` is ``torch.compile``."""
+PROVIDERS = ("eager", "gemsmode", "fastest", "patch", "capture", "patch+capture", "compile", "flag_gems", "liger_kernel")
+"""Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")``; of whole models ``patch`` is ``gemsmode.patch`` under the mode
+and ``capture`` is ``gemsmode.capture``; ``compile`` is ``torch.compile``."""
+
+OF_MODELS = ("patch", "capture", "patch+capture")
+"""Providers that run whole models only."""
 
 Row = dict[str, Any]
 
@@ -219,6 +222,11 @@ class Prepared:
     def _compiled(text: str, scope: dict[str, Any]) -> Callable[[], Any]:
         return eval(f"lambda: {text}", scope)
 
+    @property
+    def model(self) -> Any:
+        """What the case's set-up calls ``model``."""
+        return self._scope["model"]
+
     def liger(self) -> Callable[[], Any] | None:
         """The case's call in Liger's functional API; None where it has none."""
         if not self.case.liger:
@@ -312,6 +320,17 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
+@contextlib.contextmanager
+def _patched(model: torch.nn.Module, around: Context) -> Iterator[Any]:
+    """``model`` is patched meanwhile."""
+    gemsmode.patch(model)
+    try:
+        with around() as entered:
+            yield entered
+    finally:
+        gemsmode.unpatch(model)
+
+
 class Runner:
     """Runs cases on one device and gives their rows."""
 
@@ -331,8 +350,8 @@ class Runner:
     def _provider(self, name: str) -> Context:
         if name in ("eager", "compile"):
             return contextlib.nullcontext
-        if name == "capture":
-            if self.device.type != "cuda":
+        if name in OF_MODELS:
+            if name.endswith("capture") and self.device.type != "cuda":
                 raise RuntimeError("no GPU to capture graphs on")
             return contextlib.nullcontext
         if name == "gemsmode":
@@ -530,10 +549,13 @@ class Runner:
         if name == "compile":
             torch._dynamo.reset()
             call = torch.compile(call, dynamic=False)
-        elif name == "capture":
+        elif name in OF_MODELS:
             if prepared.case.group != "model":
-                raise NotImplementedError("graphs are captured of whole models")
-            call = gemsmode.capture(call)
+                raise NotImplementedError("only of whole models")
+            around = gemsmode.GemsMode if name == "patch" else contextlib.nullcontext
+            if name.endswith("capture"):
+                call = gemsmode.capture(call)
+            return Runnable(call, around if name == "capture" else lambda: _patched(prepared.model.model, around))
         elif name == "liger_kernel":
             own = prepared.liger()
             if own is None:
