@@ -42,6 +42,14 @@ def _group_tile(t, channels, spatial, BLOCK_C: tl.constexpr, BLOCK_S: tl.constex
 
 
 @triton.jit
+def _group_load(p_in, t, tiles, channels, spatial, c_stride, s_stride, EVICT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Tile number `t` as it lies in memory; zeros from number `tiles` on."""
+    o_channel, o_spot, mask = _group_tile(t, channels, spatial, BLOCK_C, BLOCK_S)
+    o = (o_channel * c_stride)[:, None] + (o_spot * s_stride)[None, :]
+    return tl.load(p_in + o, mask=mask & (t < tiles), other=0.0, eviction_policy=EVICT)
+
+
+@triton.jit
 def _group_base(i_unit, groups, channels, c_stride, n_stride, WIDE: tl.constexpr):
     """Offset of a group's first element, and its first channel."""
     i_sample = i_unit // groups
@@ -64,27 +72,46 @@ def _channel_affine(h, weight, bias, o_channel, m_channel):
 @triton.jit
 def _group_statistics(p_in, shift, i_split, splits, channels, spatial, c_stride, s_stride, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
                       BLOCK_S: tl.constexpr):
-    """Count, mean and sum of squared deviations of every `splits`-th tile of a group; the mean is relative to `shift`."""
-    count = tl.zeros([BLOCK_C, BLOCK_S], ACC)
-    mean = tl.zeros([BLOCK_C, BLOCK_S], ACC)
-    square = tl.zeros([BLOCK_C, BLOCK_S], ACC)
-    for t in range(i_split, tl.cdiv(channels, BLOCK_C) * tl.cdiv(spatial, BLOCK_S), splits):
-        o_channel, o_spot, mask = _group_tile(t, channels, spatial, BLOCK_C, BLOCK_S)
-        o = (o_channel * c_stride)[:, None] + (o_spot * s_stride)[None, :]
-        x = tl.load(p_in + o, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
-        count, mean, square = welford(count, mean, square, x - shift, mask)
-    n, centre, deviation = combine(count, mean, square, 1)
-    return combine(n, centre, deviation, 0)
+    """Count, mean and sum of squared deviations of every `splits`-th tile of a group; the mean is relative to `shift`.
+
+    Sums of deviations from the first tile's mean: among T tiles its distance from the mean of all is at most sqrt(T) standard
+    deviations, so that little cancels.
+    """
+    tiles = tl.cdiv(channels, BLOCK_C) * tl.cdiv(spatial, BLOCK_S)
+    # Each tile is on its way while the one before is worked on.
+    ahead = _group_load(p_in, i_split, tiles, channels, spatial, c_stride, s_stride, "evict_last", BLOCK_C, BLOCK_S)
+    _, _, mask = _group_tile(i_split, channels, spatial, BLOCK_C, BLOCK_S)
+    filled = tl.sum(tl.sum(mask.to(tl.int32), axis=1), axis=0)
+    centre = finite(tl.sum(tl.sum(tl.where(mask, ahead.to(ACC) - shift, 0.0), axis=1), axis=0) / filled)
+    count = 0
+    sums = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    squares = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    for t in range(i_split, tiles, splits):
+        x = ahead.to(ACC)
+        ahead = _group_load(p_in, t + splits, tiles, channels, spatial, c_stride, s_stride, "evict_last", BLOCK_C, BLOCK_S)
+        _, _, mask = _group_tile(t, channels, spatial, BLOCK_C, BLOCK_S)
+        deviation = tl.where(mask, x - shift - centre, 0.0)
+        sums += deviation
+        squares += deviation * deviation
+        in_row = tl.cdiv(spatial, BLOCK_S)
+        count += tl.minimum(channels - (t // in_row) * BLOCK_C, BLOCK_C) * tl.minimum(spatial - (t % in_row) * BLOCK_S, BLOCK_S)
+    n = count.to(ACC)
+    total = tl.sum(tl.sum(sums, axis=1), axis=0)
+    square = tl.sum(tl.sum(squares, axis=1), axis=0) - total * (total / n)
+    return n, centre + total / n, tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _group_apply(p_to, p_in, weight, bias, shift, mean, rstd, first, i_split, splits, channels, spatial, c_stride, s_stride,
                  ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """Write every `splits`-th tile of a group; its mean is `shift + mean`."""
-    for t in range(i_split, tl.cdiv(channels, BLOCK_C) * tl.cdiv(spatial, BLOCK_S), splits):
+    tiles = tl.cdiv(channels, BLOCK_C) * tl.cdiv(spatial, BLOCK_S)
+    ahead = _group_load(p_in, i_split, tiles, channels, spatial, c_stride, s_stride, "evict_first", BLOCK_C, BLOCK_S)
+    for t in range(i_split, tiles, splits):
+        x = ahead.to(ACC)
+        ahead = _group_load(p_in, t + splits, tiles, channels, spatial, c_stride, s_stride, "evict_first", BLOCK_C, BLOCK_S)
         o_channel, o_spot, mask = _group_tile(t, channels, spatial, BLOCK_C, BLOCK_S)
         o = (o_channel * c_stride)[:, None] + (o_spot * s_stride)[None, :]
-        x = tl.load(p_in + o, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         y = _channel_affine((x - shift - mean) * rstd, weight, bias, first + o_channel, o_channel < channels)
         tl.store(p_to + o, y.to(p_to.dtype.element_ty), mask=mask)
 
@@ -232,11 +259,16 @@ class ChannelTile:
 
 
 _WARPS = ((2048, 4), (8192, 8), (16384, 16), (1 << 30, 32))
+_GROUP_STEP = 2048  # elements of a step of group norm: 8 a thread, so that four programs share a multiprocessor
 _STEP = 4096  # elements of a step where a group takes several: 16 a thread, each with three running values
 
 
-def choose_channels(channels: int, spots: int, channels_fast: bool, step: int, itemsize: int, target: Target) -> ChannelTile:
-    """The tile of at most ``step`` elements of 4 bytes, half of 8; the fast dimension is served first."""
+def choose_channels(channels: int, spots: int, channels_fast: bool, step: int, itemsize: int, target: Target,
+                    a_warp: int | None = None) -> ChannelTile:
+    """The tile of at most ``step`` elements of 4 bytes, half of 8; the fast dimension is served first.
+
+    ``a_warp``: elements for each warp, if not as many as for tiles that are taken whole.
+    """
     scale = itemsize // 4
     most = INTERPRETED_BLOCK // 4 if target.interpreted else step // scale
     if channels_fast:
@@ -245,7 +277,7 @@ def choose_channels(channels: int, spots: int, channels_fast: bool, step: int, i
     else:
         s = min(power_of_2(spots), most)
         c = min(power_of_2(channels), most // s)
-    return ChannelTile(c, s, ladder(_WARPS, c * s * scale))
+    return ChannelTile(c, s, max(c * s * scale // a_warp, 1) if a_warp and not target.interpreted else ladder(_WARPS, c * s * scale))
 
 
 def _group_whole(channels: int, spatial: int, itemsize: int, target: Target) -> ChannelTile | None:
@@ -317,7 +349,7 @@ def group_norm(call: Call) -> Plan:
     sizes = (Size(groups), channels, spatial, *strides)
     constants = (("ACC", TRITON[acc]), ("WIDE", is_wide(x)))
     whole = _group_whole(channels, spatial, acc.itemsize, target)
-    tile = whole or choose_channels(channels, spatial, strides[1] == 1 and spatial > 1, _STEP, acc.itemsize, target)
+    tile = whole or choose_channels(channels, spatial, strides[1] == 1 and spatial > 1, _GROUP_STEP, acc.itemsize, target, 256)
     blocks = (("BLOCK_C", tile.channels), ("BLOCK_S", tile.spots))
     tiles = -(-channels // tile.channels) * -(-spatial // tile.spots)
     splits = 1 if whole else _splits(units, tiles, target)
