@@ -578,7 +578,7 @@ def smallest_plan(call: Call, dim: int, descending: bool, k: int | None, preserv
     dims = canonical_dims(dim, meta.ndim)
     axis = dims[0] if dims else 0
     n = meta.shape[axis] if meta.shape else 1
-    k = n if k is None else k
+    k = n if k is None or not meta.shape else k  # a tensor without dimensions has its one element, whatever k
     shape = tuple([k if d == axis else s for d, s in enumerate(meta.shape)])
     strides = preserved_strides(meta) if preserve else contiguous_strides(shape)
     allocs = [Alloc(shape, strides, meta.dtype), Alloc(shape, strides, torch.int64)]
