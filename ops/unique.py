@@ -200,9 +200,11 @@ def unique_dim(call: Call) -> Plan:
 @planned(["aten.unique_consecutive.default"], _NUMBERS, family="sorting", kernel=write_kernel)
 def unique_consecutive(call: Call) -> Plan:
     """self, return_inverse, return_counts, dim: of all elements in order, or of a vector."""
-    if call.args[3] is not None:
-        _vector(call, call.args[3])
-    return _unique(call, False, call.args[1], call.args[2], call.args[0].shape)
+    inverse, counts, dim = call.args[1:]
+    if dim is not None:
+        _vector(call, dim)
+        inverse, counts = _asked(call, inverse), _asked(call, counts)
+    return _unique(call, False, inverse, counts, call.args[0].shape)
 
 
 @planned(["aten.unique_dim_consecutive.default"], _NUMBERS, family="sorting", kernel=write_kernel)

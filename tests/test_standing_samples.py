@@ -312,7 +312,7 @@ def test_layouts(op: OpOverload) -> None:
         if not found or (intercepted and not harness.OPTIONS.full):
             continue
         found = harness.thin(sorted(found, key=lambda t: -max(a.ndim for a in harness.tree_leaves(t.args) if isinstance(a, torch.Tensor))),
-                             4 if harness.OPTIONS.brief else 2, lambda t: harness.elements(t.args))
+                             12 if harness.OPTIONS.brief else 2, lambda t: harness.elements(t.args))
         for number, template in enumerate(found):
             if harness.OPTIONS.brief and intercepted:
                 break
