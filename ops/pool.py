@@ -142,9 +142,12 @@ def adaptive_cover_mean_64(i, t, parameters, KIND: tl.constexpr, D: tl.constexpr
 # dims[d]: (stride, number of taps, parameters); as in window.py, COUNTS[d] > 0 unrolls.
 
 
+# What lies outside reads as -inf, which is never larger.
+
+
 @triton.jit
-def _larger(b, position, best, where, ok):
-    take = ok & ((b > best) | (b != b))
+def _larger(b, position, best, where):
+    take = (b > best) | (b != b)
     return tl.where(take, b, best), tl.where(take, position, where)
 
 
@@ -155,12 +158,12 @@ def _max_1(p, o, m, position, best, where, at, dims, TAP: tl.constexpr, KIND: tl
         for t in tl.static_range(N):
             i, _, ok = TAP(at[0], t, dims[0][2], KIND, 0)
             b = tl.load(p + (o + i * dims[0][0]), mask=m & ok, other=float("-inf")).to(best.dtype)
-            best, where = _larger(b, position + i, best, where, m & ok)
+            best, where = _larger(b, position + i, best, where)
     else:
         for t in range(dims[0][1]):
             i, _, ok = TAP(at[0], t, dims[0][2], KIND, 0)
             b = tl.load(p + (o + i * dims[0][0]), mask=m & ok, other=float("-inf")).to(best.dtype)
-            best, where = _larger(b, position + i, best, where, m & ok)
+            best, where = _larger(b, position + i, best, where)
     return best, where
 
 
@@ -215,6 +218,78 @@ def max_pool_kernel(p_out, indices, p_in, n_rows, n_columns, sizes, batch, out_s
     tl.store(p_out + o_out, convert(best, p_out.dtype.element_ty), mask=m)
     if len(indices) == 1:
         tl.store(indices[0] + o_out, where.to(tl.int64), mask=m)
+
+
+# Small fixed windows: the taps of a row lie at constant distances from one pointer, and what is kept of the largest is
+# the number of its tap, a constant, from which its position is worked out once. Instructions, not bytes, are what a 3x3
+# window could be short of: this takes half of the general kernel's.
+
+
+@triton.jit
+def _inside(i, size):
+    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _window_1(p, m, best, where, at, dims, KIND: tl.constexpr, TAP: tl.constexpr):
+    N: tl.constexpr = KIND[0][0]
+    for t in tl.static_range(N):
+        ok = _inside((at[0] * KIND[0][1] - KIND[0][2] + t * KIND[0][3]).to(tl.int32), dims[0][1][0])
+        b = tl.load(p + t * (KIND[0][3] * dims[0][0]), mask=m & ok, other=float("-inf")).to(best.dtype)
+        best, where = _larger(b, TAP + t, best, where)
+    return best, where
+
+
+@triton.jit
+def _window_2(p, m, best, where, at, dims, KIND: tl.constexpr, TAP: tl.constexpr):
+    if len(dims) == 1:
+        return _window_1(p, m, best, where, at, dims, KIND, TAP)
+    else:
+        N: tl.constexpr = KIND[1][0]
+        for t in tl.static_range(N):
+            ok = _inside((at[1] * KIND[1][1] - KIND[1][2] + t * KIND[1][3]).to(tl.int32), dims[1][1][0])
+            best, where = _window_1(p + t * (KIND[1][3] * dims[1][0]), m & ok, best, where, at, dims, KIND, TAP + t * KIND[0][0])
+        return best, where
+
+
+@triton.jit
+def max_window_kernel(p_out, indices, p_in, n_rows, n_columns, sizes, batch, out_steps, out_strides, in_steps, dims,
+                      KIND: tl.constexpr, ACC: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+                      BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """As max_pool_kernel, for small fixed windows. dims[d]: (stride, parameters)."""
+    m, at, rest, x = place(n_rows, n_columns, sizes, CHANNELS, WIDE, BLOCK_Y, BLOCK_X)
+    o_in = base(rest, x, batch, in_steps, CHANNELS)
+    for d in tl.static_range(len(dims)):
+        o_in = o_in + (at[d] * KIND[d][1] - KIND[d][2]) * dims[d][0]
+    p = p_in + tl.broadcast_to(o_in, m.shape)
+    best = tl.full(m.shape, float("-inf"), ACC)
+    where = tl.full(m.shape, -1, tl.int32)
+    if len(dims) < 3:
+        best, where = _window_2(p, m, best, where, at, dims, KIND, 0)
+    else:
+        N: tl.constexpr = KIND[2][0]
+        for t in tl.static_range(N):
+            ok = _inside((at[2] * KIND[2][1] - KIND[2][2] + t * KIND[2][3]).to(tl.int32), dims[2][1][0])
+            best, where = _window_2(p + t * (KIND[2][3] * dims[2][0]), m & ok, best, where, at, dims, KIND, t * KIND[1][0] * KIND[0][0])
+    o_out = base(rest, x, batch, out_steps, CHANNELS) + spatial(at, out_strides)
+    tl.store(p_out + o_out, convert(best, p_out.dtype.element_ty), mask=m)
+    if len(indices) == 1:
+        # Nothing larger than -inf: the window's first element inside.
+        last: tl.constexpr = len(dims) - 1
+        first = fixed_start(at[last], dims[last][1], KIND, last)
+        i = where
+        for d in tl.static_range(len(dims) - 1):
+            i = i // KIND[d][0]
+        position = at[last] * KIND[last][1] - KIND[last][2] + i * KIND[last][3]
+        for d in tl.static_range(1, len(dims)):
+            first = first * dims[len(dims) - 1 - d][1][0] + fixed_start(at[len(dims) - 1 - d], dims[len(dims) - 1 - d][1], KIND, len(dims) - 1 - d)
+            i = where
+            for e in tl.static_range(len(dims) - 1 - d):
+                i = i // KIND[e][0]
+            i = at[len(dims) - 1 - d] * KIND[len(dims) - 1 - d][1] - KIND[len(dims) - 1 - d][2] + (
+                i % KIND[len(dims) - 1 - d][0]) * KIND[len(dims) - 1 - d][3]
+            position = position * dims[len(dims) - 1 - d][1][0] + i
+        tl.store(indices[0] + o_out, tl.where(where < 0, first, position).to(tl.int64), mask=m)
 
 
 # -- its backward ------------------------------------------------------------------------------------------------------
@@ -434,6 +509,9 @@ def adaptive_pool(x: TensorMeta, output: tuple[int, ...]) -> Pool:
                 False, None, tuple([(Size(n), Size(o)) for n, o in zip(sizes, output)]), output)
 
 
+_ROW_OF_TAPS = 8  # of a small window only a row's loads are in flight: four results a thread share the work on rows
+
+
 def _accumulator(x: torch.dtype) -> Any:
     return tl.float64 if x == torch.float64 else tl.float32
 
@@ -452,17 +530,24 @@ def max_plan(call: Call, x: TensorMeta, pool: Pool, channels_last: bool, with_in
         raise Decline("a plane of more than 2**31 elements")
     view = walk(out, rank, [x])
     count = _product(pool.taps)
-    unroll = pool.fixed and count <= UNROLLED
-    tile = choose_tile(view.rows, view.columns, count, call.target)
-    dims = tuple([(s, 0 if unroll else Size(t), p) for s, t, p in zip(spatial_strides(x.stride, rank), reversed(pool.taps),
-                                                                     reversed(pool.parameters))])
-    args = (Out(0), (Out(1),) if with_indices else (), Arg(0), *view.head(), view.steps(out.stride, rank), spatial_strides(out.stride, rank),
-            view.steps(x.stride, rank), dims)
-    constants = (("TAP", pool.tap), ("START", pool.start), ("KIND", pool.kind),
-                 ("COUNTS", tuple(reversed(pool.taps)) if unroll else (0,) * rank), ("ACC", _accumulator(x.dtype)),
-                 ("CHANNELS", view.channels), ("WIDE", view.wide), ("BLOCK_Y", tile.rows), ("BLOCK_X", tile.columns))
+    strides = spatial_strides(x.stride, rank)
+    common = (Out(0), (Out(1),) if with_indices else (), Arg(0), *view.head(), view.steps(out.stride, rank), spatial_strides(out.stride, rank),
+              view.steps(x.stride, rank))
+    dims: tuple[Any, ...]
+    if pool.fixed and count <= UNROLLED:
+        kernel = max_window_kernel
+        tile = choose_tile(view.rows, view.columns, _ROW_OF_TAPS if rank < 3 else count, call.target)
+        dims = tuple(zip(strides, reversed(pool.parameters)))
+        constants: tuple[tuple[str, Any], ...] = (("KIND", pool.kind),)
+    else:
+        kernel = max_pool_kernel
+        tile = choose_tile(view.rows, view.columns, count, call.target)
+        dims = tuple([(s, Size(t), p) for s, t, p in zip(strides, reversed(pool.taps), reversed(pool.parameters))])
+        constants = (("TAP", pool.tap), ("START", pool.start), ("KIND", pool.kind), ("COUNTS", (0,) * rank))
+    constants += (("ACC", _accumulator(x.dtype)), ("CHANNELS", view.channels), ("WIDE", view.wide), ("BLOCK_Y", tile.rows),
+                  ("BLOCK_X", tile.columns))
     moved = x.numel * x.dtype.itemsize + n * (x.dtype.itemsize + (8 if with_indices else 0))
-    return Plan(allocs, (Launch(max_pool_kernel, view.grid(tile), args, Constants(constants), tile.warps),), returns, {Arg(0): x},
+    return Plan(allocs, (Launch(kernel, view.grid(tile), (*common, dims), Constants(constants), tile.warps),), returns, {Arg(0): x},
                 bytes=moved, flops=n * count)
 
 
