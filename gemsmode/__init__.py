@@ -22,9 +22,11 @@ from gemsmode.errors import (
 from gemsmode.explain import Explanation, explain
 from gemsmode.graphs import Captured, capture
 from gemsmode.mode import GemsMode, disable, enable, load_ops
+from gemsmode.patching import patch, unpatch
 from gemsmode.predicates import Predicate, contiguous, device, dtype, floating, ndim, not_complex, numel, on_gpu, value, where
 from gemsmode.registry import Registry, Rule, rule
 from gemsmode.signature import Call, TensorMeta
+from gemsmode.target import choose_interpreter_early
 
 __version__ = "0.1.0"
 
@@ -32,7 +34,7 @@ __all__ = [
     "Call", "CaptureError", "Captured", "DryRunError", "DuplicateRuleError", "Explanation", "GemsError", "GemsMode",
     "MismatchError", "MismatchWarning", "Predicate", "Registry", "Rule", "RuleDeclarationError", "RuleFailedError",
     "TensorMeta", "UnknownOpError", "capture", "contiguous", "device", "disable", "dtype", "enable", "explain", "floating",
-    "load_ops", "ndim", "not_complex", "numel", "on_gpu", "rule", "value", "where",
+    "load_ops", "ndim", "not_complex", "numel", "on_gpu", "patch", "rule", "unpatch", "value", "where",
 ]
 
 
@@ -45,3 +47,4 @@ def __getattr__(name: str) -> Any:
 
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+choose_interpreter_early()

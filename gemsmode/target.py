@@ -1,8 +1,8 @@
 """What the kernels run on: the one home of questions about hardware and of the choice between GPU and interpreter.
 
-``TRITON_INTERPRET=1`` must be in force when ``@triton.jit`` runs. On a machine without an accelerator
-:func:`current` puts it in force (and converts Triton's own library functions if Triton was imported earlier), so it
-must be called before a module that defines kernels is imported; ``gemsmode.ops`` is loaded that way.
+``TRITON_INTERPRET=1`` must be in force when ``@triton.jit`` runs. On a machine without an accelerator importing
+gemsmode puts it in force (and converts Triton's own library functions if Triton was imported earlier), so that kernels
+defined after ``import gemsmode`` run there too.
 
 ``GEMSMODE_TARGET`` (for example ``cuda:90``, ``cuda:100``, ``hip:gfx942``) plans for hardware that is not present:
 kernels are then compiled for it and never launched. The tests build every kernel that way on machines without a GPU.
@@ -10,6 +10,7 @@ kernels are then compiled for it and never launched. The tests build every kerne
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -99,6 +100,18 @@ def _use_interpreter() -> Target:
     triton.knobs.runtime.interpret = True
     interpreter.install()
     return INTERPRETER
+
+
+def choose_interpreter_early() -> None:
+    """Choose now where there can be only the interpreter, so that kernels defined from here on are made for it.
+
+    Does not touch a GPU: a process that is to fork, or to pick its devices, may do so after the import.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if os.environ.get("GEMSMODE_TARGET") or (accelerator is not None and (accelerator.type != "cuda" or torch.cuda.device_count())):
+        return
+    with contextlib.suppress(ModuleNotFoundError):  # who runs kernels is told that numpy is missing
+        current()
 
 
 @functools.cache
