@@ -289,6 +289,7 @@ class _Graph:
 
     graph: Any
     buffers: list[torch.Tensor | None]
+    once: list[tuple[slice, ...] | None]
     result: Any
     written: list[int]
     aliased: bool
@@ -321,7 +322,7 @@ class Captured:
         self.captures = self.replays = 0
         self._max_graphs, self._clone, self._uncapturable, self._without_gpu = max_graphs, clone, uncapturable, without_gpu
         self._by_reference = frozenset(by_reference)
-        self.pool = pool.pool if isinstance(pool, Captured) else pool
+        self.pool: Any = pool.pool if isinstance(pool, Captured) else pool
         self._pool_of = pool if isinstance(pool, Captured) else None
         self._backend = backend
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
@@ -383,9 +384,12 @@ class Captured:
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def _replay(self, found: _Graph, given: _Arguments) -> Any:
-        for leaf, buffer in zip(given.leaves, found.buffers):
+        for leaf, buffer, once in zip(given.leaves, found.buffers, found.once):
             if buffer is not None and leaf.tensor is not buffer:
-                buffer.copy_(leaf.tensor, non_blocking=True)
+                if once is None:
+                    buffer.copy_(leaf.tensor, non_blocking=True)
+                else:
+                    buffer[once].copy_(leaf.tensor[once], non_blocking=True)
         found.graph.replay()
         found.replays += 1
         self.replays += 1
@@ -495,7 +499,8 @@ class Captured:
         aliased = any(id(t) in {id(b) for b in inputs} for t in _tensors(result))
         self._make_room()
         held = [*given.held, *(leaf.tensor for leaf in given.leaves if leaf.by_reference)]
-        self._graphs[key] = _Graph(graph, buffers, result, written, aliased, held)
+        once = [None if b is None else _once(b) for b in buffers]
+        self._graphs[key] = _Graph(graph, buffers, once, result, written, aliased, held)
         self.captures += 1
         log.debug("captured %r with %d inputs", self, len(inputs))
 
@@ -514,7 +519,7 @@ class Captured:
             raise error from cause
         self._warn_once(str(error), f"{error} The callable runs under the mode as it is.")
         self._make_room()
-        self._graphs[key] = _Graph(None, [], None, [], False, list(given.held))
+        self._graphs[key] = _Graph(None, [], [], None, [], False, list(given.held))
         return eager()
 
     def _warn_once(self, what: str, text: str) -> None:
@@ -546,12 +551,22 @@ def _replaced(value: Any, to: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
+def _once(tensor: torch.Tensor) -> tuple[slice, ...] | None:
+    """An index that takes each element of an expanded tensor once; None where that is the whole tensor."""
+    if not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+        return None
+    return tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None) for size, stride in zip(tensor.shape, tensor.stride()))
+
+
 def _buffer_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same layout and values; a compact one where elements share memory."""
-    if TensorMeta.of(tensor).may_overlap_itself:
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
-    buffer = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return buffer.copy_(tensor.detach())
+    """A tensor of the same layout and values; a compact one where elements share memory otherwise than by expansion."""
+    source = tensor.detach()
+    once = _once(source)
+    if once is not None:
+        return _buffer_like(source[once]).expand(source.shape)
+    if TensorMeta.of(source).may_overlap_itself:
+        return source.clone(memory_format=torch.contiguous_format)
+    return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device=source.device).copy_(source)
 
 
 def capture(function: Callable[..., Any], *, mode: GemsMode | None = None, max_graphs: int = 8, clone: bool = False,

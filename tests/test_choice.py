@@ -21,6 +21,7 @@ from gemsmode import GemsMode, choice, cli
 from gemsmode.choice import Choice, Chooser, DeviceTimer, Entry, Store, Timing, WallTimer, signature
 from gemsmode.registry import find_op
 from gemsmode.signature import describe
+from gemsmode.tracing import Report
 
 
 class FakeTimer:
@@ -557,6 +558,24 @@ def test_options(x: torch.Tensor, spy: Spy) -> None:
     assert timer.seen == 1 and spy.take() == []
     assert GemsMode(prefer="fastest").policy is GemsMode(prefer="fastest").policy
     assert GemsMode(prefer="fastest").policy is not GemsMode().policy
+
+
+def test_with_verification_the_chosen_rules_are_compared(x: torch.Tensor) -> None:
+    with GemsMode(verify=True, on_mismatch="raise", prefer=Chooser(None, FakeTimer(1.0, 2.0))) as mode:
+        torch.exp(x)
+    assert [(c.overload, c.compared, c.failed) for c in mode.report.checks] == [("aten.exp.default", 1, 0)]
+    with GemsMode(verify=True, prefer=Chooser(None, FakeTimer(2.0, 1.0))) as mode:
+        torch.exp(x)
+    assert not mode.report.checks
+
+
+def test_reports_show_it_in_every_format(x: torch.Tensor) -> None:
+    with GemsMode(trace=True, prefer=Chooser(None, FakeTimer(9.8, 7.1))) as mode:
+        torch.exp(x)
+    report = mode.report
+    for text in (report.to_markdown(), report.to_html(), report.to_csv(), str(Report.from_dict(report.to_dict()))):
+        assert "9.8" in text and "7.1" in text
+    assert json.loads(report.to_json())["records"][0]["native_us"] == 7.1
 
 
 def test_several_threads_time_one_at_a_time(x: torch.Tensor, spy: Spy) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import warnings
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -261,6 +262,11 @@ def test_strides_and_shared_elements(device: str, backend: Any) -> None:
     for x in (torch.randn(6, 4, device=device).t(), torch.randn(1, 4, device=device).expand(3, 4), square[::2, 1:5]):
         for _ in range(2):
             torch.testing.assert_close(fast(x), x.sum(0))
+    strides = gemsmode.capture(lambda x: (x * 1, x.stride()), backend=backend)
+    for i in range(3):
+        x = torch.full((1, 4), float(i), device=device).expand(3, 4)
+        got, seen = strides(x)
+        assert torch.equal(got, x) and seen == (0, 1) and strides.captures == 1
 
 
 def test_random_numbers_stay_random(device: str, backend: Any) -> None:
@@ -471,6 +477,48 @@ def test_copies_between_host_and_device_are_told() -> None:
     assert problem_of(aten.copy_.default, (there, there), there, "meta") is None
     assert problem_of(aten._local_scalar_dense.default, (here,), 1.0, "meta") is None  # of a CPU tensor
     assert problem_of(aten.index.Tensor, (there, [torch.ones(2, dtype=torch.int64, device="meta")]), there, "meta") is None
+
+
+def test_what_pytorch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls on ``torch.cuda``, on a machine that has none."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def register_generator_state(self, generator: Any) -> None:
+            log.append("register generator")
+
+        def replay(self) -> None:
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def block(*args: Any, **kwargs: Any) -> Iterator[None]:
+        what = ", ".join([*(getattr(a, "name", type(a).__name__ if isinstance(a, Graph) else str(a)) for a in args),
+                          *(f"{k}={v}" for k, v in kwargs.items())])
+        log.append(f"enter {what}")
+        yield
+        log.append(f"leave {what}")
+
+    patches = {"is_available": lambda: True, "is_current_stream_capturing": lambda: False, "graph_pool_handle": lambda: "pool",
+               "device": block, "stream": block, "current_stream": lambda: Stream("here"), "Stream": Stream, "CUDAGraph": Graph,
+               "graph": block}
+    for name, value in patches.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    backend = CudaGraphs()
+    assert backend.available() and not backend.capturing() and backend.pool() == "pool"
+    assert backend.warm_up(lambda: log.append("call") or torch.ones(1), 1) == 1
+    assert log == ["enter 1", "side waits for here", "enter side", "call", "leave side", "here waits for side", "leave 1"]
+    log.clear()
+    graph, _ = backend.record(lambda: log.append("call"), 1, "pool", [torch.default_generator])
+    graph.replay()
+    assert log == ["enter 1", "register generator", "enter Graph, pool=pool, capture_error_mode=thread_local", "call",
+                   "leave Graph, pool=pool, capture_error_mode=thread_local", "leave 1", "replay"]
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
