@@ -209,7 +209,8 @@ class OpHandler:
         self.op, self.policy = op, policy
         self.decided: dict[tuple, Decided] = {}
         self._plans: dict[tuple, Callable[..., Any]] = {}
-        self._lock = threading.RLock()
+        # Where decisions are timed they are made one at a time: two would measure, or wait for, each other.
+        self._lock = threading.RLock() if policy.chooser is None else policy.chooser.lock
         self.computes = computes(op)
         candidates = policy.registry.candidates(op) if isinstance(op, OpOverload) else ()
         self._candidates: list[tuple[Candidate, Predicate | None, Considered]] = []
@@ -435,6 +436,8 @@ class OpHandler:
             if not torch.can_cast(result.dtype, out.dtype):
                 raise Decline(f"PyTorch rejects it: a result of {result.dtype} cannot be written to {out.dtype}")
         if not variant.inplace and any(result.dtype != out.dtype for result, out in zip(results, outs)):
+            if rule.exact_out and self.policy.target.device_type != "cpu":
+                raise Decline("PyTorch rejects it: out= of another dtype")
             _ask_native(self.op, args)
         if any(result.shape != out.shape for result, out in zip(results, outs)):
             if variant.inplace:

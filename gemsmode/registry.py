@@ -104,6 +104,8 @@ class Rule:
         state: functions of no argument: global settings that the planner looks at.
         tensor_bits: whether negative-bit and zero tensors reach this op unresolved and must be told apart.
         writes_out: whether the planner writes to ``call.outs`` itself.
+        exact_out: whether PyTorch takes only ``out=`` of the results' own dtypes on a GPU, and its metadata functions do
+            not say so.
         file: where the kernel is.
         line: its line there.
     """
@@ -120,6 +122,7 @@ class Rule:
     state: tuple[Callable[[], Any], ...] = ()
     tensor_bits: bool = False
     writes_out: bool = False
+    exact_out: bool = False
     file: str = ""
     line: int = 0
 
@@ -334,7 +337,8 @@ def rule(ops: str | OpOverload | Sequence[str | OpOverload], when: Predicate | I
 def planned(ops: str | OpOverload | Sequence[str | OpOverload], when: Predicate | Sequence[Predicate] = (), *,
             family: str, kernel: Any = None, name: str | None = None, priority: int = -100, numbers: bool = False,
             by_value: Sequence[str] = (), state: Sequence[Callable[[], Any]] = (), tensor_bits: bool = False,
-            writes_out: bool = False, registry: Registry | None = None) -> Callable[[Callable[[Call], Plan]], Callable[[Call], Plan]]:
+            writes_out: bool = False, exact_out: bool = False,
+            registry: Registry | None = None) -> Callable[[Callable[[Call], Plan]], Callable[[Call], Plan]]:
     """Register a planner, a function from a :class:`~gemsmode.signature.Call` to a :class:`~gemsmode.plan.Plan`.
 
     The planner raises :class:`~gemsmode.plan.Decline` with a reason for what it does not serve. ``kernel`` is the
@@ -346,7 +350,8 @@ def planned(ops: str | OpOverload | Sequence[str | OpOverload], when: Predicate 
     def decorate(planner: Callable[[Call], Plan]) -> Callable[[Call], Plan]:
         file, line = _source_of(kernel if kernel is not None else planner)
         (registry or default).add(Rule(name or planner.__name__, found, conditions, planner, True, priority, family, numbers,
-                                       frozenset(by_value), tuple(state), tensor_bits, writes_out, file, line))
+                                       frozenset(by_value), tuple(state), tensor_bits, writes_out, exact_out,
+                                       file, line))
         return planner
 
     return decorate

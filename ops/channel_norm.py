@@ -724,21 +724,21 @@ def _statistics_dtype(x: TensorMeta, parameters: list[TensorMeta | None], target
 
 
 @planned(["aten.native_batch_norm.default", "aten._native_batch_norm_legit.default"], dtype(*FLOAT), family="norm",
-         kernel=batch_norm_kernel)
+         kernel=batch_norm_kernel, exact_out=True)
 def batch_norm(call: Call) -> Plan:
     """Updates the running statistics in place, as the op does."""
     training = call["training"]
     return _batch_norm(call, training, 6, 7, saves=training or call.target.device_type != "cpu")
 
 
-@planned("aten._native_batch_norm_legit.no_stats", dtype(*FLOAT), family="norm", kernel=batch_norm_kernel)
+@planned("aten._native_batch_norm_legit.no_stats", dtype(*FLOAT), family="norm", kernel=batch_norm_kernel, exact_out=True)
 def batch_norm_no_stats(call: Call) -> Plan:
     if not call["training"]:
         raise Decline("evaluation without running statistics")
     return _batch_norm(call, True, None, 5, saves=True, positions=(None, None))
 
 
-@planned("aten._native_batch_norm_legit_no_training.default", dtype(*FLOAT), family="norm", kernel=batch_norm_kernel)
+@planned("aten._native_batch_norm_legit_no_training.default", dtype(*FLOAT), family="norm", kernel=batch_norm_kernel, exact_out=True)
 def batch_norm_no_training(call: Call) -> Plan:
     return _batch_norm(call, False, None, 6, saves=call.target.device_type != "cpu")
 
@@ -749,7 +749,7 @@ def batch_norm_functional(call: Call) -> Plan:
     return _batch_norm(call, training, 6, 7, saves=training or call.target.device_type != "cpu", functional=True)
 
 
-@planned("aten.cudnn_batch_norm.default", dtype(*FLOAT), family="norm", kernel=batch_norm_kernel)
+@planned("aten.cudnn_batch_norm.default", dtype(*FLOAT), family="norm", kernel=batch_norm_kernel, exact_out=True)
 def cudnn_batch_norm(call: Call) -> Plan:
     """What ``torch.nn.functional.batch_norm`` mostly arrives as on an NVIDIA GPU."""
     if call["training"]:

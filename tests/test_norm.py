@@ -347,6 +347,16 @@ def test_launch_choice() -> None:
     assert channel_norm._splits(512, 100, H200) == 1 and channel_norm._splits(32, 100, H200) > 4
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_out_of_another_dtype_is_left_to_pytorch_on_a_gpu(dtype: torch.dtype) -> None:
+    """Batch norm's CUDA kernels raise for it; its metadata functions, which are asked otherwise, do not."""
+    policy = Policy(registry.default, target=Target("cuda", "cuda", 90, 32, 132, False))
+    x, channels = on_gpu((4, 3, 5), F32), on_gpu((3,), F32)
+    args = (x, channels, channels, channels, channels, True, 0.1, 1e-5, x._replace(dtype=dtype), channels, channels)
+    decision = policy.handler(find_op("aten.native_batch_norm.out")).decide(args, bind=False).decision
+    assert (decision.kind, decision.rule) == ("rule", "batch_norm") if dtype == F32 else "another dtype" in (decision.reason or "")
+
+
 def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:
     calls: list[tuple[str, tuple[Any, ...]]] = []
     for dtype, shapes in ((BF16, [(16384, 4096), (64, 64), (512, 50000), (1, 16384)]), (F32, [(65536, 768)]),
