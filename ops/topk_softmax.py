@@ -79,12 +79,14 @@ def topk_softmax_kernel(p_weights, p_indices, p_x, n_rows, n, k, sizes, x_rows, 
     m_row = o_row < n_rows
     o_column = tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    left = tl.where((o_column < n)[None, :], _probabilities(p_x, o_row, m_row, o_column, n, sizes, x_rows, x_column, ACC), -1.0)
+    p = _probabilities(p_x, o_row, m_row, o_column, n, sizes, x_rows, x_column, ACC)
+    # One NaN makes all of a row NaN, and maxima drop NaN.
+    is_nan = tl.max((p != p).to(tl.int32), axis=1) > 0
+    left = tl.where((o_column < n)[None, :], p, -1.0)
     weights = tl.zeros([BLOCK_R, BLOCK_K], ACC)
     indices = tl.zeros([BLOCK_R, BLOCK_K], tl.int32)
     for j in range(0, k):
         best = tl.max(left, axis=1)
-        # No value equals a NaN: then the first expert stands for it.
         index = tl.min(tl.where(left == best[:, None], o_column[None, :], BLOCK_N), axis=1)
         index = tl.where(index < n, index, 0)
         here = (o_k == j)[None, :]
@@ -93,6 +95,7 @@ def topk_softmax_kernel(p_weights, p_indices, p_x, n_rows, n, k, sizes, x_rows, 
         left = tl.where(o_column[None, :] == index[:, None], -1.0, left)
     if RENORMALIZE:
         weights = weights / tl.sum(weights, axis=1)[:, None]
+    weights = tl.where(is_nan[:, None], float("nan"), weights)
     o_out = (o_row * k)[:, None] + o_k[None, :]
     mask = m_row[:, None] & (o_k < k)[None, :]
     tl.store(p_weights + o_out, weights, mask=mask)

@@ -1,10 +1,10 @@
 """Options, the fixtures that every test shares, and the tables at the end of a run.
 
-    pytest                    kernels run in Triton's interpreter, on the CPU; a few samples of each op and dtype
-    pytest --device cuda      kernels run on the GPU
-    pytest --ref cpu          float64 references are computed on the CPU
-    pytest --generated        also the tests generated from OpInfo and the declarations
+    pytest                    kernels run in Triton's interpreter, on the CPU; one or two samples of each op, in two dtypes
+    pytest --generated        a few samples of each op and dtype
     pytest --full             every sample, every dtype, every launch choice
+    pytest --device cuda      kernels run on the GPU; a few samples of each op and dtype
+    pytest --ref cpu          float64 references are computed on the CPU
 """
 
 from __future__ import annotations
@@ -26,16 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where kernels run; cpu is Triton's interpreter (default)")
     group.addoption("--ref", choices=("cpu", "device"), default="device", help="where float64 references are computed")
     group.addoption("--full", action="store_true", help="every sample of every dtype, and every launch choice compiled")
-    group.addoption("--generated", action="store_true", help="also the tests generated from OpInfo and from the declarations")
-
-
-# Far over ten minutes on two cores in the interpreter: a GPU runs them by default, the interpreter when asked.
-_GENERATED = {"test_opinfo.py", "test_standing_samples.py", "test_compile.py"}
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    asked = config.getoption("--generated") or config.getoption("--full") or config.getoption("--device") == "cuda"
-    return True if collection_path.name in _GENERATED and not asked else None
+    group.addoption("--generated", action="store_true", help="more samples and dtypes in the tests generated from OpInfo and declarations")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     harness.OPTIONS.device = config.getoption("--device")
     harness.OPTIONS.ref = config.getoption("--ref")
     harness.OPTIONS.full = config.getoption("--full")
+    harness.OPTIONS.brief = not (config.getoption("--generated") or config.getoption("--full") or config.getoption("--device") == "cuda")
     plan.poison(True)  # what a kernel leaves unwritten is NaN, not a lucky zero
 
 
