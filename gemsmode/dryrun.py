@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -177,6 +178,46 @@ def _attention(target: Target) -> Callable[..., Any]:
     return attention
 
 
+def _attention_on_cpu(target: Target) -> Callable[..., Any]:
+    composite = aten.scaled_dot_product_attention.default
+
+    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, *,
+                  scale: float | None = None, enable_gqa: bool = False) -> Any:
+        tensors = (query, key, value)
+        fits = (all(t.ndim == 4 and t.dtype == query.dtype and t.shape[-1] == query.shape[-1] for t in tensors)
+                and not any(0 in t.shape for t in tensors) and query.is_floating_point() and not dropout_p
+                and (attn_mask is None or (attn_mask.ndim in (2, 4) and not attn_mask.requires_grad and not is_causal))
+                and torch.backends.cuda.flash_sdp_enabled())
+        if not fits:
+            return composite._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, query, key, value, attn_mask, dropout_p, is_causal,
+                                    scale=scale, enable_gqa=enable_gqa)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype, device=query.device), float("-inf"))
+        flash = aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    return attention
+
+
+def _batch_norm(target: Target) -> Callable[..., Any]:
+    composite = aten.batch_norm.default
+
+    def batch_norm(input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, momentum: float, eps: float,
+                   cudnn_enabled: bool) -> Any:
+        # What CUDA's selection asks for, see `Normalization.cpp` of PyTorch.
+        fits = (target.backend == "cuda" and cudnn_enabled and torch.backends.cudnn.enabled and weight is not None and bias is not None
+                and torch.bfloat16 not in (input.dtype, weight.dtype) and (input.dtype != torch.float16 or weight.dtype == torch.float32)
+                and ((running_mean is None) == (running_var is None)) and (running_mean is not None or training)
+                and input.ndim >= 3 and input.shape[0] <= (880801 if training else 65535) and 0 < input.numel() < 2**31 - 1)
+        if not fits:
+            return composite._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, input, weight, bias, running_mean, running_var,
+                                    training, momentum, eps, cudnn_enabled)
+        return aten.cudnn_batch_norm(input.contiguous(memory_format=suggest_memory_format(input)), weight.contiguous(),
+                                     bias.contiguous(), running_mean, running_var, training, momentum, eps)[0]
+
+    return batch_norm
+
+
 def _dropout(input: Any, p: float, train: bool) -> Any:
     if not train or p == 0 or input.numel() == 0:
         return input
@@ -217,8 +258,12 @@ ON_GPU: dict[str, Callable[[Target], Callable[..., Any]]] = {
     "scaled_dot_product_attention": _attention,
     "dropout": lambda target: _dropout,
     "rms_norm": lambda target: _rms_norm,
+    "batch_norm": _batch_norm,
 }
 """Composite ops whose parts depend on the device, and how a GPU takes them apart."""
+
+ON_CPU: dict[str, Callable[[Target], Callable[..., Any]]] = {"scaled_dot_product_attention": _attention_on_cpu}
+"""The same for a CPU, where the meta device takes them apart in another way."""
 
 _overrides = 0
 _overridden: list[Any] = []
@@ -226,16 +271,17 @@ _overrides_lock = threading.Lock()
 
 
 def _install(target: Target) -> None:
-    """Take meta tensors apart as a GPU would, in C++ and for the whole process, until :func:`_remove`."""
+    """Take meta tensors apart as the target would, in C++ and for the whole process, until :func:`_remove`."""
     global _overrides
     with _overrides_lock:
         _overrides += 1
         if _overrides > 1:
             return
         library = torch.library.Library("aten", "IMPL")
+        gpu = target.device_type == "cuda"
         # Fake CUDA tensors where no real one can be: PyTorch itself takes them for CPU tensors.
-        keys = ["AutogradMeta", *([] if torch.backends.cuda.is_built() else ["AutogradCUDA"])]
-        for name, make in ON_GPU.items():
+        keys = ["AutogradMeta", *(["AutogradCUDA"] if gpu and not torch.backends.cuda.is_built() else [])]
+        for name, make in (ON_GPU if gpu else ON_CPU).items():
             for key in keys:
                 library.impl(name, make(target), key)
         _overridden.append(library)
@@ -247,7 +293,8 @@ def _install(target: Target) -> None:
 
         supported = optimizer._get_foreach_kernels_supported_devices
         _overridden.append(supported)
-        optimizer._get_foreach_kernels_supported_devices = lambda: [*supported(), "meta"]
+        if gpu:
+            optimizer._get_foreach_kernels_supported_devices = lambda: [*supported(), "meta"]
 
 
 def _remove() -> None:
@@ -297,17 +344,17 @@ class DryRun:
 
     def install(self) -> None:
         """The mode was entered."""
-        if self.target.device_type == "cuda":
+        if self.target.device_type in ("cuda", "cpu"):
             _install(self.target)
-            if not torch.backends.cuda.is_built():
-                self._guard.__enter__()
+        if self.target.device_type == "cuda" and not torch.backends.cuda.is_built():
+            self._guard.__enter__()
 
     def remove(self) -> None:
         """The mode was left."""
-        if self.target.device_type == "cuda":
+        if self.target.device_type in ("cuda", "cpu"):
             _remove()
-            if not torch.backends.cuda.is_built():
-                self._guard.__exit__(None, None, None)
+        if self.target.device_type == "cuda" and not torch.backends.cuda.is_built():
+            self._guard.__exit__(None, None, None)
 
     def takes(self, op: Any, types: Sequence[type]) -> bool:
         """Whether a call with these tensor classes, among these modes, is for the dry run."""
@@ -338,8 +385,9 @@ class DryRun:
         run, functions = native(op), handler.functions
         decisions: dict[Any, Decision] = {}
         apart = None
-        if name in ON_GPU and op._overloadname in ("", "default") and self.target.device_type == "cuda":
-            apart = ON_GPU[name](self.target)
+        table = {"cuda": ON_GPU, "cpu": ON_CPU}.get(self.target.device_type, {})
+        if name in table and op._overloadname in ("", "default"):
+            apart = table[name](self.target)
 
         def composite(*args: Any, **kwargs: Any) -> Any:
             if apart is None:
