@@ -186,7 +186,8 @@ class DeviceTimer:
         with self._module.device(device), _no_collection():
             for call in calls:  # compiles, makes handles and workspaces
                 call()
-            self._module.synchronize(device)
+            # The stream's own work only: another thread may be capturing a graph.
+            self._module.current_stream(device).synchronize()
             flush = self._flusher(device)
             device_us: tuple[list[float], list[float]] = ([], [])
             host_us: tuple[list[float], list[float]] = ([], [])
@@ -231,12 +232,12 @@ class DeviceTimer:
         seen: list[list[float]] = [[] for _ in calls]
         for _ in range(rounds):
             for call, times in zip(calls, seen):
-                self._module.synchronize(device)
+                self._module.current_stream(device).synchronize()
                 start = self._now()
                 for _ in range(number):
                     call()
                 times.append((self._now() - start) * 1e6 / number)
-        self._module.synchronize(device)
+        self._module.current_stream(device).synchronize()
         return [statistics.median(times) for times in seen]
 
 
@@ -573,10 +574,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
-_timing = threading.RLock()
-"""One timing at a time: two threads would measure each other."""
-
-
 class Chooser:
     """Decides between a rule and the native op by measuring both.
 
@@ -587,7 +584,10 @@ class Chooser:
 
     Attributes:
         on_measured: called with the text of each signature that was timed, and the choice.
+        lock: held by who decides; one for all choosers, as two threads that time would measure each other.
     """
+
+    lock = threading.RLock()
 
     def __init__(self, folder: Path | str | None = "default", timer: Timer | None = None, again: bool = False) -> None:
         self.folder = cache_folder() if folder == "default" else None if folder is None else Path(folder)
@@ -660,7 +660,7 @@ class Chooser:
         native = native_in_order(handler.op)
         timer = self._timer or (WallTimer() if target.device_type == "cpu" else DeviceTimer(getattr(torch, target.device_type)))
         try:
-            with _timing, _generators_put_back(target, device, args), _quiet(handler.op):
+            with self.lock, _generators_put_back(target, device, args), _quiet(handler.op):
                 given = Copies(args).args if handler.op._schema.is_mutable else args
                 rule_time, native_time = timer.compare(functools.partial(decided.run, *given), functools.partial(native, *given), device)
         except torch.OutOfMemoryError:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -195,11 +196,14 @@ class Stopwatch:
         """Microseconds that kernels ran during one call, as PyTorch's profiler has it; None without a GPU."""
         if not self.on_gpu:
             return None
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
-            with runnable.around():
-                runnable.call()
-            self.synchronize()
-        return sum(e.self_device_time_total for e in profile.key_averages()) or None
+        try:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+                with runnable.around():
+                    runnable.call()
+                self.synchronize()
+            return sum(e.self_device_time_total for e in profile.key_averages()) or None
+        except RuntimeError:  # another profiler is at work, or CUPTI is not to be had
+            return None
 
     def each(self, calls: list[Callable[[], Any]]) -> list[float]:
         """Host microseconds of each of ``calls`` alone, in their order."""
@@ -228,6 +232,8 @@ class Stopwatch:
 
     def release(self) -> None:
         """Hand cached device memory back."""
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            dynamo.reset()  # compiled code holds the tensors that it closes over
         gc.collect()
         if self.on_gpu:
             self._module.empty_cache()

@@ -412,7 +412,8 @@ class Runner:
             row["skipped"], row["seconds"] = why, 0.0
             return row
         try:
-            with _limit(self.settings.case_limit):
+            # A model is built, and perhaps compiled, several times over.
+            with _limit(self.settings.case_limit * (4 if case.group == "model" else 1)):
                 self._fill(case, row)
         except Exception as error:
             row["error"] = _describe(error)

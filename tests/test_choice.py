@@ -430,7 +430,10 @@ class FakeDevice:
     def _sleep(self, cycles: int) -> None:
         self.launch(1.0, cycles / 2000)
 
-    def synchronize(self, device: int = 0) -> None:
+    def current_stream(self, device: int = 0) -> Any:
+        return self
+
+    def synchronize(self) -> None:
         self.host = max(self.host, self.done)
 
     def device(self, index: int) -> Any:
