@@ -432,6 +432,33 @@ case("sort", "aten.sort.default", "torch.sort(x, -1)", sized(M=1024, N=8192), gr
      goal=1.0, bytes="x + out", check="equal", x=T("M N"))
 case("topk", "aten.topk.default", "torch.topk(x, K)[0]", sized(M=256, N=32000, K=50), group="sorting",
      origin="top-50 sampling of Llama's logits", goal=1.5, bytes="x + out", check="equal", x=T("M N"))
+case("sort", "aten.sort.default", "torch.sort(x, -1)[0]", sized(M=8192, N=1024), group="sorting", origin="rows of one tile", goal=0.97,
+     bytes="x + out", check="equal", x=T("M N"))
+case("sort", "aten.sort.default", "torch.sort(x, -1)[0]", sized(N=2**24), group="sorting", dtypes=("f32", "i64"),
+     origin="one very long row", goal=0.97, bytes="x + out", check="equal", x=T("N"))
+case("topk", "aten.topk.default", "torch.topk(x, K)[0]", sized(M=1, N=2**22, K=64), group="sorting", dtypes=("f32",),
+     origin="the greatest of one long row", goal=1.0, bytes="x + out", check="equal", x=T("M N"), tiny=sized(M=1, N=4096, K=64))
+case("topk", "aten.topk.default", "torch.topk(x, K)[0]", sized(M=8192, N=64, K=8), group="sorting", dtypes=("f32",),
+     origin="8 experts of 64 for 8192 tokens", goal=1.0, bytes="x + out", check="equal", x=T("M N"), pinned=("N", "K"))
+case("kthvalue", "aten.kthvalue.default", "torch.kthvalue(x, 100, -1)[0]", sized(M=1024, N=8192), group="sorting", dtypes=("f32",),
+     origin="rows of 8192", goal=0.97, bytes="x", check="equal", x=T("M N"), tiny=sized(M=16, N=512))
+case("median", "aten.median.dim", "torch.median(x, -1)[0]", sized(M=1024, N=8192), group="sorting", origin="rows of 8192", goal=0.97,
+     bytes="x", check="equal", x=T("M N"), tiny=sized(M=16, N=512))
+case("searchsorted", "aten.searchsorted.Tensor", "torch.searchsorted(s, x)", sized(N=2**24, M=100_000), group="sorting", dtypes=("f32",),
+     origin="16 M values in 100,000 sorted ones", goal=1.0, bytes="x + out", check="equal", x=T("N"), b=T("M"),
+     setup={"s": "b.sort().values"})
+case("bucketize", "aten.bucketize.Tensor", "torch.bucketize(x, s)", sized(N=2**24, M=100), group="sorting", dtypes=("f32",),
+     origin="16 M values in 101 buckets", goal=1.0, bytes="x + out", check="equal", x=T("N"), b=T("M"), setup={"s": "b.sort().values"})
+case("isin", "aten.isin.Tensor_Tensor", "torch.isin(x, t)", sized(N=2**24, M=1000, V=100_000), group="sorting", dtypes=("i64",),
+     origin="16 M tokens, 1000 of which are wanted", goal=0.97, bytes="x + out", check="equal", x=T("N", "index:V"), t=T("M", "index:V"))
+case("bincount", "aten.bincount.default", "torch.bincount(x, minlength=V)", sized(N=2**24, V=256), group="sorting", dtypes=("i64",),
+     origin="16 M bytes", goal=1.0, bytes="2 * x", check="equal", x=T("N", "index:V"))
+case("bincount", "aten.bincount.default", "torch.bincount(x, minlength=V)", sized(N=2**24, V=32000), group="sorting", dtypes=("i64",),
+     origin="16 M tokens of Llama's vocabulary", goal=1.0, bytes="2 * x", check="equal", x=T("N", "index:V"))
+case("histc", "aten.histc.default", "torch.histc(x, 100, -4, 4)", sized(N=2**24), group="sorting", dtypes=("f32",),
+     origin="a histogram of activations", goal=0.97, bytes="x", check="equal", x=T("N"))
+case("unique", "aten._unique2.default", "torch._unique2(x, True, True, True)", sized(N=2**22, V=32000), group="sorting", dtypes=("i64",),
+     origin="4 M tokens of Llama's vocabulary, with inverse and counts", goal=0.97, bytes="x + out", check="equal", x=T("N", "index:V"))
 
 case("max_pool2d", "aten.max_pool2d_with_indices.default", "F.max_pool2d(x, 3, 2, 1)", sized(B=32, C=128, H=112, W=112), group="vision",
      origin="ResNet's first pooling, twice the channels", goal=3.0, bytes="x + 5 * out", check="equal", pinned=("H", "W"),
