@@ -625,6 +625,8 @@ class OpHandler:
         with self._lock:
             self.decided[key] = fallen
             self._plans[key] = fallen.run
+            assert self.functions is not None
+            self.functions.forget()
         return result
 
 

@@ -10,7 +10,9 @@ The key of a call is built by a function made for the op, since this runs on eve
 from __future__ import annotations
 
 import functools
+import itertools
 import keyword
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -218,11 +220,96 @@ class Unkeyable(Exception):
 
 
 class SignatureFunctions(NamedTuple):
-    """Functions made for one op; each takes the op's arguments as its schema states them."""
+    """Functions made for one op; ``key``, ``call`` and ``bind`` take the op's arguments as its schema states them.
+
+    ``forget`` must be called when an entry of ``plans`` is replaced: ``call`` keeps the signatures met most at hand.
+    """
 
     key: Callable[..., tuple]
     call: Callable[..., Any]
     bind: Callable[..., tuple]
+    forget: Callable[[], None]
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _guards(tensors: Sequence[torch.Tensor]) -> Any:
+    guards = torch._C._dynamo.guards.TensorGuards(
+        *tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors], dynamic_dims_strides=[list(t.stride()) for t in tensors])
+    if not guards.check(*tensors):
+        raise ValueError("guards that do not recognize what they were made of")
+    return guards
+
+
+class _AtHand:
+    """Two signatures that ``call`` recognizes without building a key, which costs more than all else it does.
+
+    PyTorch's guards compare the metadata of tensors with what it was, in C++. They look at more than a key does (class,
+    autograd's flags), so what they recognize has the same key, and what they do not may still be found by its key.
+
+    Attributes:
+        slots: pairs of a function that recognizes the arguments, and what then runs.
+    """
+
+    PERIOD = 8  # look-ups by key between two replacements, doubled each time: what comes often is met here first
+
+    def __init__(self, op: OpOverload, names: Sequence[str], conditions: Sequence[str | None], scope: dict[str, Any],
+                 states: Sequence[str]) -> None:
+        self.slots: list[tuple[Callable[..., Any], Any]] = [(_never, None), (_never, None)]
+        self._parameters = parameters(op)
+        self._names, self._conditions, self._scope, self._states = names, conditions, scope, states
+        self._period = self._left = 1
+
+    def forget(self) -> None:
+        self.slots[:] = [(_never, None), (_never, None)]
+
+    def notice(self, args: tuple[Any, ...], run: Callable[..., Any]) -> None:
+        """Perhaps keep the signature of ``args``, which ``run`` serves, in place of the one kept longest."""
+        self._left -= 1
+        if self._left > 0:
+            return
+        self._period = self._left = min(2 * self._period, 1 << 12)
+        try:
+            match = self._matcher(args)
+        except Exception:  # an odd tensor, or a version of PyTorch with other guards: keys serve as well
+            self._left = 1 << 30
+            return
+        self.slots[1] = self.slots[0]
+        self.slots[0] = (match, run)
+
+    def _matcher(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        tensors, given, conditions, values = [], [], [], {}
+        for i, (parameter, name, arg) in enumerate(zip(self._parameters, self._names, args)):
+            if parameter.is_tensor:
+                if isinstance(arg, torch.Tensor):
+                    tensors.append(arg)
+                    given.append(name)
+                else:
+                    conditions.append(f"{name}.__class__ is value_{i}")
+                    values[f"value_{i}"] = arg.__class__
+            elif self._conditions[i] is not None:
+                conditions.append(f"{self._conditions[i]} == value_{i}")
+                values[f"value_{i}"] = eval(self._conditions[i] or "", self._scope, {name: arg})
+        for state in self._states:
+            conditions.append(f"{state} == now_{state[:-2]}")
+            values[f"now_{state[:-2]}"] = eval(state, self._scope)
+        if not tensors:
+            raise ValueError("no tensor to guard")
+        scope = {**self._scope, **values}
+        if len({id(t) for t in tensors}) == len(tensors):
+            guards = _guards(tensors)
+            if not conditions and list(self._names) == given:
+                return guards.check
+            scope["check"] = guards.check
+            conditions.append(f"check({', '.join(given)})")
+        else:  # guards of several tensors do not recognize one that comes twice
+            for i, (tensor, name) in enumerate(zip(tensors, given)):
+                scope[f"check_{i}"] = _guards([tensor]).check
+                conditions.append(f"check_{i}({name})")
+        exec(f"def match({', '.join(self._names)}):\n    return {' and '.join(conditions)}", scope)
+        return scope["match"]
 
 
 def make_functions(op: OpOverload, plans: dict[tuple, Callable[..., Any]], miss: Callable[..., Any],
@@ -242,6 +329,7 @@ def make_functions(op: OpOverload, plans: dict[tuple, Callable[..., Any]], miss:
         Unkeyable: an argument's type cannot be part of a key.
     """
     declared, names, keys = [], [], []
+    conditions: list[str | None] = []
     scope: dict[str, Any] = {"NUMBERS": NUMBERS, "plans": plans, "miss": miss, "failed": failed}
     star = False
     first = True
@@ -260,6 +348,7 @@ def make_functions(op: OpOverload, plans: dict[tuple, Callable[..., Any]], miss:
         if expression is None:
             raise Unkeyable(f"argument {parameter.name!r} of {op} has type {parameter.type}")
         keys.append(expression)
+        conditions.append(expression)
         if tensor_bits and parameter.type == "Tensor":
             keys.append(f"({name}.__class__ in NUMBERS or {name}.is_neg() or {name}._is_zerotensor())")
         first = False
@@ -267,7 +356,28 @@ def make_functions(op: OpOverload, plans: dict[tuple, Callable[..., Any]], miss:
         scope[f"state_{i}"] = function
         keys.append(f"state_{i}()")
     arguments, key, given = ", ".join(declared), "(" + ", ".join(keys) + ",)", ", ".join(names)
+    at_hand = _AtHand(op, names, conditions, dict(scope), [f"state_{i}()" for i in range(len(state))])
+    scope |= {"slots": at_hand.slots, "notice": at_hand.notice, "count": itertools.count(1).__next__}
     # Sparse, nested and other exotic tensors raise while their key is built: `miss` sorts them out.
+    find = f"""
+try:
+    run = plans[{key}]
+except KeyError as missing:
+    run = miss(({given},), missing.args[0])
+except Exception:
+    run = miss(({given},), None)
+"""
+    if any(p.is_tensor for p in parameters(op)) and not any(p.is_tensor_list for p in parameters(op)):
+        find = f"""
+match, run = slots[0]
+if not match({given}):
+    match, run = slots[1]
+    if not match({given}):
+{textwrap.indent(find.strip(), 8 * " ")}
+        else:
+            if not count() % {_AtHand.PERIOD}:
+                notice(({given},), run)
+"""
     source = f"""
 def key({arguments}):
     return {key}
@@ -276,19 +386,14 @@ def bind({arguments}):
     return ({given},)
 
 def call({arguments}):
-    try:
-        run = plans[{key}]
-    except KeyError as missing:
-        run = miss(({given},), missing.args[0])
-    except Exception:
-        run = miss(({given},), None)
+{textwrap.indent(find.strip(), 4 * " ")}
     try:
         return run({given})
     except Exception as error:
         return failed(error, run, ({given},))
 """
     exec(compile(source, f"<gemsmode signature of {op}>", "exec"), scope)
-    return SignatureFunctions(scope["key"], scope["call"], scope["bind"])
+    return SignatureFunctions(scope["key"], scope["call"], scope["bind"], at_hand.forget)
 
 
 # -- variants ----------------------------------------------------------------------------------------------------------
