@@ -159,7 +159,7 @@ def train(way: str, mesh: DeviceMesh, mode: Any) -> tuple[list[float], list[torc
     return [float(loss) for loss in losses], [p.full_tensor() if isinstance(p, DTensor) else p.clone() for p in parameters]
 
 
-def outcome(way: str, mesh: DeviceMesh) -> dict[str, Any]:
+def outcome(way: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     """What this rank sees of one way to train."""
     counting, mode = Counting(), GemsMode(trace=True)
     expected_losses, expected = train(way, mesh, counting)
@@ -167,6 +167,7 @@ def outcome(way: str, mesh: DeviceMesh) -> dict[str, Any]:
     gathered = gather(mode.report)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         gathered.print()
+    written = gathered.save(folder / f"{way}.json")
     total = torch.tensor(sum(counting.calls.values()), device=mesh.device_type)
     dist.all_reduce(total)
     seen: Counter[str] = Counter()
@@ -179,6 +180,7 @@ def outcome(way: str, mesh: DeviceMesh) -> dict[str, Any]:
         "miscounted": {k: (seen[k], counting.calls[k]) for k in seen | counting.calls if seen[k] != counting.calls[k]},
         "gathered": gathered.merged.calls, "counted by all": int(total),
         "ranks": [r.calls for r in gathered.ranks], "calls": mode.report.calls, "views of ranks": str(gathered).count("\nrank "),
+        "written": [path.name for path in written],
         "printed": len(printed.getvalue()),
         "coverage": mode.report.coverage.calls, "failed": sorted({r.overload for r in mode.report.records if r.decision == "error"}),
         "communication": sum(r.calls for r in mode.report.records if r.decision == "comm"),
@@ -195,7 +197,7 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    found = {way: outcome(way, mesh) for way in sys.argv[3:] or WAYS}
+    found = {way: outcome(way, mesh, folder) for way in sys.argv[3:] or WAYS}
     (folder / f"rank{rank}.json").write_text(json.dumps(found, indent=1))
     dist.destroy_process_group()
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from support import skip_without_cuda
 
+from gemsmode.tracing import Report
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 # The others differ from these in one thing: plain DDP and FSDP without checkpointing.
@@ -64,7 +66,11 @@ def test_training_in_two_processes(device: str, tmp_path: Path, request: pytest.
             # What is gathered is what both have seen.
             assert seen["gathered"] == seen["counted by all"] == sum(seen["ranks"]), where
             assert seen["ranks"][rank] == seen["calls"] and seen["views of ranks"] == 2, where
+            # The first rank alone prints, and writes the merged report; each writes its own.
             assert (seen["printed"] > 0) == (rank == 0), where
+            assert sorted(seen["written"]) == [f"{way}.json"] * (rank == 0) + [f"{way}.rank{rank}.json"], where
+            merged, own = (Report.load(tmp_path / f"{way}{suffix}.json") for suffix in ("", f".rank{rank}"))
+            assert (merged.calls, own.calls) == (seen["gathered"], seen["calls"]), where
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -11,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from five_models import MODELS, model_and_inputs, train_step
-from support import Counting
+from five_models import BASE, MODELS, model_and_inputs, train_step
+from support import Counting, skip_without_cuda
 from torch import nn
 
 from gemsmode import GemsMode, MismatchWarning, Registry, registry, rule
@@ -123,6 +124,36 @@ def test_verification_finds_nothing_wrong(name: str, device: str, request: pytes
     step_under(mode, name, device)
     checks = mode.report.checks
     assert sum(c.compared for c in checks) > 50 and not any(c.failed for c in checks)
+
+
+@each_model
+def test_device_time_is_the_profilers(name: str, device: str) -> None:
+    """On a GPU: the device time of a training step at full size is within 5% of what ``torch.profiler`` sums up."""
+    skip_without_cuda(device)
+    from torch.autograd import DeviceType
+
+    model, inputs = model_and_inputs(name, BASE, device, torch.float16 if name in ("vit", "resnet") else torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    with GemsMode():  # compiles
+        for _ in range(2):
+            train_step(model, inputs, optimizer)
+    torch.cuda.synchronize()
+    mode = GemsMode(trace=True)
+    with torch.profiler.profile() as profile, mode:
+        train_step(model, inputs, optimizer)
+        torch.cuda.synchronize()
+    # Ranges of record_function come as device events too.
+    kernels = sum(e.self_device_time_total for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation) / 1e6
+    ours = sum(r.device_s or 0.0 for r in mode.report.records if r.decision != "view")
+    empty = [torch.cuda.Event(enable_timing=True) for _ in range(100)]
+    for event in empty:
+        event.record()
+    torch.cuda.synchronize()
+    apart = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(empty))[50]
+    calls = sum(r.device_calls for r in mode.report.records if r.decision != "view")
+    print(f"{name}: profiler {kernels * 1e3:.2f} ms, report {ours * 1e3:.2f} ms ({ours / kernels:.3f}x), {calls} calls; "
+          f"two events with nothing between them are {apart * 1e3:.2f} us apart")
+    assert ours == pytest.approx(kernels, rel=0.05)
 
 
 @pytest.mark.parametrize(("layers", "width", "inner", "heads", "kv_heads"), [(32, 4096, 11008, 32, 32), (80, 8192, 28672, 64, 8)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gc
 import io
 import json
@@ -22,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gemsmode
-from gemsmode import GemsMode, demo
+from gemsmode import GemsMode, Registry, demo, rule
 from gemsmode.handlers import Decision
 from gemsmode.target import INTERPRETER
-from gemsmode.tracing import NotAReportError, Record, Recorder, Report, gather, merge
+from gemsmode.tracing import Gathered, NotAReportError, Record, Recorder, Report, gather, merge
 from gemsmode.tracing import recorder as recorder_module
 from gemsmode.tracing.clock import HARVEST_AT, DeviceClock
 from gemsmode.tracing.table import plain, render
@@ -224,6 +225,30 @@ def test_a_hundred_thousand_calls_are_cheap_and_small() -> None:
     tracemalloc.stop()
     assert kept < 100e6
     assert recorder.report().calls == 100 + 10_000 + 100_000
+
+
+def test_tracing_adds_little_to_a_call(device: str) -> None:
+    """End to end, under modules: host time of a traced call beyond that of an untraced one."""
+    registry = Registry("cheap")
+    x, result = torch.ones(8, 8, device=device), torch.zeros(8, 8, device=device)
+    rule("aten.relu.default", registry=registry)(lambda x: result)
+    model = nn.Sequential(nn.Sequential(nn.ReLU()))
+
+    def host_time(mode: GemsMode) -> float:
+        with mode, torch.no_grad():
+            model(x)
+            costs = []
+            for _ in range(7):
+                began = time.process_time()
+                for _ in range(1000):
+                    torch.relu(x)
+                    torch.relu(x)
+                costs.append((time.process_time() - began) / 2000)
+        return min(costs)
+
+    traced_s, plain_s = host_time(GemsMode(registry=registry, trace=True)), host_time(GemsMode(registry=registry))
+    print(f"a call under the mode: {plain_s * 1e6:.1f} us, traced {traced_s * 1e6:.1f} us")
+    assert traced_s - plain_s < 15e-6
 
 
 def test_the_timeline_ends_and_says_so() -> None:
@@ -712,3 +737,18 @@ def test_merged_reports_add_up() -> None:
         merge([])
     alone = gather(REPORT)
     assert alone.rank == 0 and alone.merged.calls == 20
+
+
+def test_what_is_gathered_is_saved_with_the_rank_in_the_name(tmp_path: Any) -> None:
+    gathered = Gathered((REPORT, REPORT), merge([REPORT, REPORT]), 1)
+    for suffix in (".json", ".csv", ".html", ".md"):
+        assert [p.name for p in gathered.save(tmp_path / f"r{suffix}")] == [f"r.rank1{suffix}"]
+    assert [p.name for p in gather(REPORT).save(tmp_path / "s.json")] == ["s.rank0.json", "s.json"]
+    with pytest.raises(ValueError, match="in which format"):
+        gathered.save(tmp_path / "r.txt")
+
+
+def test_what_each_rank_measures_does_not_keep_records_apart() -> None:
+    records = [dataclasses.replace(RECORDS[0], rule_us=us, native_us=2.0, timed="measured") for us in (1.0, 1.5)]
+    (record,) = merge([Report((r,)) for r in records]).records
+    assert (record.calls, record.rule_us) == (12, 1.0)

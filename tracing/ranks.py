@@ -14,7 +14,9 @@ import torch.distributed as dist
 from gemsmode.tracing.report import Check, Record, Report
 
 _SUMMED = frozenset({"calls", "host_s", "device_s", "device_calls", "captured"})
-_SAME = tuple(f.name for f in dataclasses.fields(Record) if f.name not in _SUMMED)
+_MEASURED = frozenset({"rule_us", "native_us", "timed"})  # each rank measures for itself: the first one's are shown
+_SAME = tuple(f.name for f in dataclasses.fields(Record) if f.name not in _SUMMED | _MEASURED)
+_FORMATS = {".json": "to_json", ".csv": "to_csv", ".html": "to_html", ".md": "to_markdown"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,29 @@ class Gathered:
         """Print the merged report, on rank 0 alone."""
         if self.rank == 0:
             print(self.merged)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+        """Write this rank's report, with the rank in its name, and on rank 0 the merged one too; what was written.
+
+        Args:
+            path: where the merged report goes, ``report.html``; this rank's is ``report.rank1.html``. The suffix says in
+                which format: ``.json``, ``.csv``, ``.html`` or ``.md``.
+            overwrite: also over files that are not reports.
+
+        Raises:
+            ValueError: another suffix.
+            NotAReportError: a file that is not a report is there.
+        """
+        plain = Path(path)
+        writer = _FORMATS.get(plain.suffix)
+        if writer is None:
+            raise ValueError(f"the suffix of {plain.name!r} says in which format to write: {', '.join(_FORMATS)}")
+        reports = {with_rank(plain, self.rank): self.ranks[self.rank]}
+        if self.rank == 0:
+            reports[plain] = self.merged
+        for place, report in reports.items():
+            getattr(report, writer)(place, overwrite=overwrite)
+        return list(reports)
 
     def __str__(self) -> str:
         lines = [str(self.merged), "", "Ranks"]
@@ -101,8 +126,10 @@ def gather(report: Report, group: Any = None) -> Gathered:
         return Gathered((report,), merge([report]), 0)
     dictionaries: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(dictionaries, report.to_dict(), group)
-    reports = tuple(Report.from_dict(d) for d in dictionaries)
-    return Gathered(reports, merge(reports), dist.get_rank(group))
+    rank = dist.get_rank(group)
+    # One's own keeps its timeline, which does not travel.
+    reports = tuple(report if i == rank else Report.from_dict(d) for i, d in enumerate(dictionaries))
+    return Gathered(reports, merge(reports), rank)
 
 
 def launched_rank() -> int | None:
@@ -117,4 +144,9 @@ def launched_rank() -> int | None:
 def ranked_path(path: str | os.PathLike[str]) -> Path:
     """``report.json`` as ``report.rank1.json`` where several ranks would write it."""
     rank, plain = launched_rank(), Path(path)
-    return plain if rank is None else plain.with_name(f"{plain.stem}.rank{rank}{plain.suffix}")
+    return plain if rank is None else with_rank(plain, rank)
+
+
+def with_rank(path: Path, rank: int) -> Path:
+    """``report.rank1.json`` for ``report.json``."""
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
