@@ -74,6 +74,18 @@ def _cache() -> list[Check]:
     return [Check("cache folder", "ok", f"{folder}, {size / 2**20:.1f} MiB of compiled kernels")]
 
 
+def _choices() -> list[Check]:
+    """What ``prefer="fastest"`` knows of this machine."""
+    from gemsmode import choice
+    from gemsmode.target import current
+
+    if not current().present:
+        return []
+    store = choice.default().store(current())
+    text = f"{len(store):,} for this GPU and these versions, in {store.path}" if len(store) else f"none yet, in {choice.cache_folder()}"
+    return [Check("measured choices", "ok", text)]
+
+
 def _rules() -> list[Check]:
     import gemsmode
     from gemsmode.registry import default
@@ -122,7 +134,8 @@ def _launcher() -> list[Check]:
 def examine() -> list[Check]:
     """Every check, in order. A check that raises is a failure and does not stop the others."""
     checks: list[tuple[str, Callable[[], list[Check]]]] = [
-        ("versions", _versions), ("devices", _devices), ("cache folder", _cache), ("rules", _rules), ("a kernel runs", _runs),
+        ("versions", _versions), ("devices", _devices), ("cache folder", _cache), ("measured choices", _choices),
+        ("rules", _rules), ("a kernel runs", _runs),
         ("launcher", _launcher)]
     # Taken first: choosing the interpreter sets TRITON_INTERPRET.
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("GEMSMODE_", "TRITON_"))}

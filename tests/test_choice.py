@@ -17,7 +17,7 @@ import torch
 from support import Spy, decision, skip_without_cuda
 
 import gemsmode
-from gemsmode import GemsMode, choice, cli
+from gemsmode import GemsMode, choice, cli, doctor
 from gemsmode.choice import Choice, Chooser, DeviceTimer, Entry, Store, Timing, WallTimer, signature
 from gemsmode.registry import find_op
 from gemsmode.signature import describe
@@ -641,6 +641,7 @@ def test_tune(tmp_path: Path, capsys: Any, device: str, cache: Path) -> None:
     assert "measured now" in capsys.readouterr().out
     assert cli.main(["tune", "--list"]) == 0
     assert "add.Tensor(f32[8,8], int)" in capsys.readouterr().out
+    assert f"for this GPU and these versions, in {file}" in doctor._choices()[0].text
     assert cli.main(["explain", "add.Tensor", "f32[8,8]", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["choice"]["taken"] in ("rule", "native")
     assert cli.main(["report", "--prefer", "fastest", str(script), device]) == 0
