@@ -9,6 +9,8 @@ for each GPU and each function of elementwise ops for one of them, in dtypes and
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import json
 import os
 import pickle
@@ -24,6 +26,7 @@ from compile_worker import TARGETS, Job
 from harness import parameters, served
 from torch._ops import OpOverload
 
+from gemsmode import registry
 from gemsmode.plan import contiguous_strides
 from gemsmode.registry import short_name
 from gemsmode.signature import TensorMeta
@@ -177,11 +180,30 @@ def hashable(value: Any) -> bool:
     return True
 
 
+def stated_jobs() -> list[Job]:
+    """The calls at the sizes of a GPU's work that other test files state, and those of optimizers, which OpInfo lacks."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        if "\ndef gpu_calls(" in path.read_text():
+            stated = importlib.import_module(path.stem).gpu_calls
+            calls += stated(False) if inspect.signature(stated).parameters else stated()
+    some = tuple(meta(shape, torch.float32) for shape in ((4096, 4096), (4096,), (33, 65)))
+    scalar, counts = meta((), torch.float32), tuple(meta((), torch.float32) for _ in some)
+    calls += [
+        ("_fused_adamw_.default", (some, some, some, some, (), counts, 1e-3, 0.9, 0.999, 0.01, 1e-8, False, False, None, None)),
+        ("_fused_sgd_.default", (some, some, some, 0.01, 0.9, 1e-3, 0.0, True, False, False, None, None)),
+        ("_amp_foreach_non_finite_check_and_unscale_.default", (some, scalar, scalar)),
+        ("_amp_update_scale_.default", (scalar, meta((), torch.int32), scalar, 2.0, 0.5, 2000)),
+        ("native_dropout.default", (some[0], 0.5, True)),
+    ]
+    return [Job(str(registry.find_op(name)), args, "as stated", True, True) for name, args in calls]
+
+
 @functools.cache
 def jobs_file(folder: str) -> Path:
     """The jobs of all ops, made once a process."""
     planned = [op for op, candidates in served().items() if any(c.variant is None and c.rule.is_planned for c in candidates)]
-    jobs = [job for op in sorted(planned, key=str) for job in jobs_of(op)]
+    jobs = [job for op in sorted(planned, key=str) for job in jobs_of(op)] + stated_jobs()
     path = Path(folder) / f"jobs-{os.getpid()}.pickle"
     path.write_bytes(pickle.dumps(jobs))
     return path
