@@ -9,6 +9,7 @@ No two items are equal, so every way of sorting them is the stable one, and the 
 * Sorted runs are merged two by two. A program finds, by a search in both runs, the part of each that makes one tile of the
   result; the one ascending and the other descending they are a bitonic sequence, which half a network's last stage sorts.
 * Where few elements of a row are wanted, a tile keeps only as many, and the next launch sorts what all tiles have kept.
+  Before its network a tile drops what cannot be among them.
 
 A radix sort would need a stable rank in every tile and pass: four bits of a key at a time that is 370 instructions an
 element in compiled code, as much as sixteen of the network's 55 steps for 1024 elements take together.
@@ -32,7 +33,7 @@ from gemsmode.ops.layout import preserved_strides
 from gemsmode.ops.pointwise import Operand, build, power_of_2
 from gemsmode.ops.promotion import ALL
 from gemsmode.ops.reduction import INTERPRETED, canonical_dims, merge_dims, offset_of
-from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, stride
+from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, extent, stride
 from gemsmode.predicates import dtype
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
@@ -253,32 +254,86 @@ def _store_results(p_values, p_indices, o_out, item, p_row, in_stride, m, HOW: t
 
 
 @triton.jit
+def _tile(p_row, p_from, i_a, m_a, first, n, in_stride, HOW: tl.constexpr, LOG_N: tl.constexpr):
+    """Items [A, 2^LOG_N] of each row from ``first`` on: of ``p_row`` or, if given, of ``p_from``, where rows have n items."""
+    column = first + tl.arange(0, 1 << LOG_N)[None, :]
+    m = m_a & (column < n)
+    if len(p_from) == 0:
+        x = tl.load(p_row + column.to(tl.int64) * in_stride, mask=m, other=0)
+        return _padded(to_item(x, tl.broadcast_to(column, x.shape), HOW), m)
+    else:
+        return _padded(load_items(p_from, i_a * n + column, m), m)
+
+
+@triton.jit
 def network_kernel(p_values, p_indices, p_to, p_x, p_from, rows, n, tiles, k, k_sizes, in_steps, out_steps, in_stride, out_stride,
                    HOW: tl.constexpr, BLOCK_A: tl.constexpr, LOG_N: tl.constexpr, LOG_K: tl.constexpr):
     """The ``k`` smallest items of each row or, with ``p_to``, the 2^LOG_K smallest of each tile of a row, left as items.
 
     Rows are those of ``p_x`` or, with ``p_from``, n items each. Grid: blocks of rows, then tiles.
     """
-    BLOCK_N: tl.constexpr = 1 << LOG_N
     BLOCK_K: tl.constexpr = 1 << LOG_K
     i_a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
     i_tile = tl.program_id(1)
-    column = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     m_a = i_a < rows
-    m = m_a & (column < n)
     p_row = p_x + offset_of(i_a, k_sizes, in_steps)
-    if len(p_from) == 0:
-        x = tl.load(p_row + column.to(tl.int64) * in_stride, mask=m, other=0)
-        item = to_item(x, tl.broadcast_to(column, x.shape), HOW)
-    else:
-        item = load_items(p_from, i_a * n + column, m)
-    item = network(_padded(item, m), LOG_N, LOG_K)
+    item = network(_tile(p_row, p_from, i_a, m_a, i_tile << LOG_N, n, in_stride, HOW, LOG_N), LOG_N, LOG_K)
     j = tl.arange(0, BLOCK_K)[None, :]
     if len(p_to) > 0:
         store_items(p_to, (i_a * tiles + i_tile) * BLOCK_K + j, item, m_a & (j < BLOCK_K))
     else:
         _store_results(p_values, p_indices, offset_of(i_a, k_sizes, out_steps) + j.to(tl.int64) * out_stride, item, p_row, in_stride,
                        m_a & (j < k), HOW)
+
+
+@triton.jit
+def _first(p_items, o, count, LOG_N: tl.constexpr):
+    """A row [1, 2^LOG_N] of the ``count`` items from ``o`` on."""
+    i = tl.arange(0, 1 << LOG_N)[None, :]
+    return _padded(load_items(p_items, o + i, i < count), i < count)
+
+
+@triton.jit
+def filter_kernel(p_values, p_indices, p_to, p_own, p_x, p_from, n, tiles, k, k_sizes, in_steps, out_steps, in_stride, out_stride,
+                  HOW: tl.constexpr, LOG_N: tl.constexpr, LOG_PART: tl.constexpr, LOG_K: tl.constexpr):
+    """As ``network_kernel``, where tiles have far more than 2^LOG_K items: what cannot be among the smallest is left out.
+
+    The tile is dealt out to 2^LOG_K hands, of each of which the smallest item is wanted or is greater than all that are:
+    nothing above the greatest of these can be among the smallest. What is left, an eighth or so of a tile in any order, is
+    put together by way of ``p_own`` and goes through a network. If it is more than 2^LOG_PART (a tile laid out to spoil
+    the hands), parts of so many items go through networks one after the other. Grid: rows, then tiles.
+    """
+    BLOCK_N: tl.constexpr = 1 << LOG_N
+    BLOCK_K: tl.constexpr = 1 << LOG_K
+    PART: tl.constexpr = 1 << LOG_PART
+    KEPT: tl.constexpr = LOG_N - LOG_PART + LOG_K
+    SIZE: tl.constexpr = PART if LOG_PART > KEPT else 1 << KEPT
+    i_a = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
+    i_tile = tl.program_id(1)
+    m_a = i_a >= 0
+    p_row = p_x + offset_of(i_a, k_sizes, in_steps)
+    item = _tile(p_row, p_from, i_a, m_a, i_tile << LOG_N, n, in_stride, HOW, LOG_N)[0]
+    limit = tl.max(tl.min(tl.reshape(item, [BLOCK_N // BLOCK_K, BLOCK_K]), axis=0), axis=0)
+    left = (item <= limit) & ((i_tile << LOG_N) + tl.arange(0, BLOCK_N)[None, :] < n)
+    place = tl.cumsum(left.to(tl.int32), 1)
+    count = tl.sum(tl.sum(left.to(tl.int32), 1), 0)
+    o_own = (tl.program_id(0).to(tl.int64) * tiles + i_tile) * SIZE
+    j = tl.arange(0, BLOCK_K)[None, :]
+    if count <= PART:
+        store_items(p_own, o_own + place - 1, (item,), left)
+        tl.debug_barrier()
+        kept = network(_first(p_own, o_own, count, LOG_PART), LOG_PART, LOG_K)[0]
+    else:
+        for part in range(BLOCK_N // PART):
+            some = _tile(p_row, p_from, i_a, m_a, (i_tile << LOG_N) + part * PART, n, in_stride, HOW, LOG_PART)
+            store_items(p_own, o_own + part * BLOCK_K + j, network(some, LOG_PART, LOG_K), j < BLOCK_K)
+        tl.debug_barrier()
+        kept = network(_first(p_own, o_own, 1 << KEPT, KEPT), KEPT, LOG_K)[0]
+    if len(p_to) > 0:
+        store_items(p_to, (i_a * tiles + i_tile) * BLOCK_K + j, (kept,), j < BLOCK_K)
+    else:
+        _store_results(p_values, p_indices, offset_of(i_a, k_sizes, out_steps) + j.to(tl.int64) * out_stride, (kept,), p_row, in_stride,
+                       j < k, HOW)
 
 
 # -- merges ------------------------------------------------------------------------------------------------------------
@@ -383,6 +438,27 @@ def choose(rows: int, n: int, parts: int, target: Target) -> Schedule:
             block_a //= 2
     size = block_a << log_tile
     return Schedule(log_tile, block_a, next(w for limit, w in _WARPS if size <= limit), min(longest, 11 if parts == 1 else 10))
+
+
+# A filter's program: 4096 items in 4 warps have 128 registers at most. Random items leave four times as many as are
+# wanted, so that twice that many are a network's part.
+_FILTER = 12  # log2 of a tile
+_LEAST_PART = 8  # log2 of a part at least
+
+
+def _log_part(log_k: int) -> int:
+    return max(log_k + 3, _LEAST_PART)
+
+
+def choose_filter(rows: int, n: int, log_k: int, parts: int, target: Target) -> int:
+    """log2 of the tile in which a filter looks for the 2^log_k smallest of ``n`` items; 0 if a network alone is better."""
+    least = _log_part(log_k) + 2
+    if parts > 1 or n < 1 << least or least > _FILTER:
+        return 0
+    log_n = min(_FILTER, power_of_2(n).bit_length() - 1)
+    while log_n > least and rows * -(-n // (1 << log_n)) < 2 * target.multiprocessors and not target.interpreted:
+        log_n -= 1
+    return log_n
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
@@ -517,25 +593,41 @@ class Sorting:
         tiles = -(-n // (1 << schedule.log_tile))
         self.launches.append(Launch(
             network_kernel, (-(-rows.count // schedule.block_a), tiles, 1),
-            (self.values if not to else (), self.indices if not to else (), to, self.source, source, Size(rows.count), Size(n), Size(tiles),
-             Size(k), rows.sizes, rows.steps, rows.out_steps, rows.stride, rows.out_stride),
+            (self.values if not to else (), self.indices if not to else (), to, self.source, source, Size(rows.count), extent(n),
+             Size(tiles), Size(k), rows.sizes, rows.steps, rows.out_steps, rows.stride, rows.out_stride),
             (("HOW", tuple(how)), ("BLOCK_A", schedule.block_a), ("LOG_N", schedule.log_tile), ("LOG_K", log_k)), schedule.warps, 1))
+
+    def _filter(self, rows: Rows, how: Keys, log_n: int, n: int, source: tuple[Out, ...], to: tuple[Out, ...], log_k: int, k: int) -> None:
+        tiles, log_part = -(-n // (1 << log_n)), _log_part(log_k)
+        own = self._workspace(how, rows.count * tiles << max(log_part, log_n - log_part + log_k))
+        self.launches.append(Launch(
+            filter_kernel, (rows.count, tiles, 1),
+            (self.values if not to else (), self.indices if not to else (), to, own, self.source, source, extent(n), Size(tiles), Size(k),
+             rows.sizes, rows.steps, rows.out_steps, rows.stride, rows.out_stride),
+            (("HOW", tuple(how)), ("LOG_N", log_n), ("LOG_PART", log_part), ("LOG_K", log_k)), 4, 1))
 
     def smallest(self, rows: Rows, how: Keys, k: int) -> None:
         """The ``k`` smallest items of each row, in order, to the results."""
         parts, n = len(how.dtypes), rows.n
         schedule = choose(rows.count, n, parts, self.target)
-        tile = 1 << schedule.log_tile
-        log_k = min(power_of_2(k).bit_length() - 1, schedule.log_tile)
+        log_k = power_of_2(k).bit_length() - 1
         source: tuple[Out, ...] = ()
         # Few elements of each tile: what all tiles keep is sorted again.
-        while n > tile and k <= 1 << log_k and tile >= 4 << log_k:
-            tiles = -(-n // tile)
-            to = self._workspace(how, rows.count * tiles << log_k)
-            self._network(rows, how, schedule, n, source, to, log_k, k)
+        while True:
+            log_n = choose_filter(rows.count, n, log_k, parts, self.target)
+            if log_n == 0 and (n <= 1 << schedule.log_tile or schedule.log_tile < log_k + 2):
+                break
+            tiles = -(-n // (1 << (log_n or schedule.log_tile)))
+            to = self._workspace(how, rows.count * tiles << log_k) if tiles > 1 else ()
+            if log_n:
+                self._filter(rows, how, log_n, n, source, to, log_k, k)
+                if not to:
+                    return
+            else:
+                self._network(rows, how, schedule, n, source, to, log_k, k)
             source, n = to, tiles << log_k
             schedule = choose(rows.count, n, parts, self.target)
-            tile, log_k = 1 << schedule.log_tile, min(log_k, schedule.log_tile)
+        tile, log_k = 1 << schedule.log_tile, min(log_k, schedule.log_tile)
         if n <= tile:
             self._network(rows, how, schedule, n, source, (), log_k, k)
             return

@@ -150,6 +150,29 @@ def test_few_of_many(k: int, small_tiles: None) -> None:
         check_topk(sample((2, 101), d), k, 1, largest)
 
 
+@pytest.mark.parametrize("d", (torch.float32, torch.bfloat16, torch.uint8), ids=str)
+@pytest.mark.parametrize("how", ("random", "equal", "ascending", "one hand"))
+def test_filters(how: str, d: torch.dtype, small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 128, of whose 8 hands of 16 items few are left, none is above the limit, or all are: parts go one by one."""
+    monkeypatch.setattr(sort, "_FILTER", 7)
+    monkeypatch.setattr(sort, "_LEAST_PART", 4)
+    monkeypatch.setattr(sort, "_log_part", lambda log_k: max(log_k + 2, 4))
+    x = sample((2, 300), d)
+    if how == "equal":
+        x = torch.ones_like(x)
+    elif how == "ascending":
+        x = x.sort(1).values
+    elif how == "one hand":  # that has nothing small
+        x[:, 3::8] = 250 if d == torch.uint8 else 1000
+        x[:, 4::8] = -0.0 if d.is_floating_point else 0
+    for k, largest in ((7, False), (3, True), (1, False)):
+        plan = Policy(registry.default, target=GPU).handler(find_op("aten.topk.default")).decide(
+            (on_gpu((2, 300), d), k, 1, largest, True), bind=False).plan
+        assert plan is not None and plan.launches[0].kernel is sort.filter_kernel
+        check_topk(x, k, 1, largest)
+    check_topk(x[:, :130], 5, 1)
+
+
 @pytest.mark.parametrize("d", FLOATS + INTS, ids=str)
 def test_topk_dtypes(d: torch.dtype) -> None:
     for k, largest, ordered in ((0, True, True), (1, False, True), (5, True, False), (12, False, True), (45, True, True)):
@@ -253,8 +276,10 @@ def test_schemes_on_a_gpu() -> None:
     assert kernels("aten.sort.default", on_gpu((4096, 2048), f32), 1, False) == ["network_kernel"]
     assert kernels("aten.sort.default", on_gpu((1024, 8192), f32), 1, False) == ["network_kernel"] + ["merge_kernel"] * 2
     assert kernels("aten.sort.default", on_gpu((1 << 24,), f32), 0, False) == ["network_kernel"] + ["merge_kernel"] * 13
-    assert "merge_kernel" not in kernels("aten.topk.default", on_gpu((256, 32000), torch.bfloat16), 50, 1, True, True)
-    assert len(kernels("aten.topk.default", on_gpu((1, 1 << 22), f32), 64, 1, True, True)) <= 4
+    assert kernels("aten.topk.default", on_gpu((256, 32000), torch.bfloat16), 50, 1, True, True) == ["filter_kernel", "network_kernel"]
+    assert "merge_kernel" not in kernels("aten.topk.default", on_gpu((1, 1 << 22), f32), 64, 1, True, True)
+    assert kernels("aten.topk.default", on_gpu((512, 4096), torch.int64), 64, 1, True, True) == ["network_kernel"] * 2
+    assert "merge_kernel" in kernels("aten.topk.default", on_gpu((64, 32000), f32), 2000, 1, True, True)
     short = plan_on_gpu("aten.sort.default", on_gpu((1 << 16, 16), f32), 1, False)
     assert short.launches[0].grid[0] == (1 << 16) // dict(short.launches[0].constants)["BLOCK_A"] >= 4 * GPU.multiprocessors
     wide = plan_on_gpu("aten.sort.default", on_gpu((1, 1 << 17), torch.float16), 1, False)
@@ -267,6 +292,8 @@ def gpu_calls(full: bool) -> list[tuple[str, tuple[Any, ...]]]:
         ("aten.sort.default", (on_gpu((4096, 500), torch.bfloat16), 1, False)),
         ("aten.topk.default", (on_gpu((256, 200), torch.float64), 8, 1, True, True))]
     if full:
+        calls += [("aten.topk.default", (on_gpu((64, 32000), d), k, 1, False, True))
+                  for d, k in itertools.product((torch.float32, torch.float16, torch.int8), (1, 128))]
         calls += [("aten.sort.default", (on_gpu((1024, 8192), torch.float32), 1, False)),
                   ("aten.topk.default", (on_gpu((256, 32000), torch.bfloat16), 50, 1, True, True))]
         for d, shape in itertools.product(SORTABLE, ((4096, 1000), (1 << 20,), (4096, 50))):
