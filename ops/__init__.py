@@ -11,8 +11,9 @@ from gemsmode.target import current
 current()  # must come before the first @triton.jit
 
 FAMILIES = ("unary", "activation", "binary", "ternary", "copy", "reduction", "scan", "sort", "search", "select", "unique",
-            "softmax", "norm", "channel_norm", "loss", "movement", "pool", "unpool", "upsample", "pad", "fold", "creation", "indexing", "scatter",
-            "mask", "foreach", "amp", "random", "sampling", "attention", "matmul", "fused")
+            "softmax", "norm", "channel_norm", "loss", "movement", "pool", "unpool", "upsample", "pad", "fold", "convolution",
+            "creation", "indexing", "scatter", "mask", "rearrange", "foreach", "amp", "random", "sampling", "attention", "matmul",
+            "fused")
 
 for _name in FAMILIES:
     importlib.import_module(f"{__name__}.{_name}")
