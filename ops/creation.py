@@ -1,4 +1,4 @@
-"""Creation of tensors: constants, ranges, the identity.
+"""Creation of tensors: constants, ranges, points between bounds, windows, the identity.
 
 Only calls that name the mode's own device are served; strides, dtypes and defaults are PyTorch's. Source: the PyTorch
 documentation of ``torch.zeros``, ``torch.full``, ``torch.arange`` and ``torch.eye``.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl  # noqa: F401  (the interpreter wants to see it)
+import triton.language as tl
 
 from gemsmode.ops.layout import channels_last_strides, preserved_strides
 from gemsmode.ops.pointwise import Operand, build, index_operand
@@ -250,3 +250,177 @@ def _eye(call: Call, n: int, m: int) -> Plan:
     dtype = _checked(call["dtype"] or torch.get_default_dtype())
     row, column = (index_operand((n, m), w, torch.int32) for w in ((1, 0), (0, 1)))
     return build(call, diagonal_one, [row, column], [dtype], (n, m), contiguous_strides((n, m)))
+
+
+# -- points between bounds ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def spaced(index, start, end, last):
+    """Point number ``index`` of 0 .. last, counted from the nearer end so that both ends are met."""
+    step = (end - start) / last
+    return tl.where(2.0 * index < last, start + step * index, end - step * (last - index))
+
+
+def _number(value: float, compute: torch.dtype) -> Operand:
+    """A number known to the plan; the kernel sees a float32."""
+    return Operand(float(value), None, compute, compute)  # type: ignore[arg-type]
+
+
+def _spaced(call: Call, function: Any, compute: torch.dtype, dtype: torch.dtype, *more: Operand) -> Plan:
+    start, end, steps = call.args[:3]
+    if any(isinstance(v, complex) for v in (start, end)) or steps < 0:
+        raise Decline("PyTorch rejects it, or complex bounds")
+    if steps >= 2**24:
+        raise Decline("more points than float32 counts exactly")
+    if not dtype.is_floating_point and (dtype == torch.bool or any(isinstance(v, float) and not v.is_integer() for v in (start, end))):
+        raise Decline("bool, or fractional bounds of integer points")
+    shape = (steps,)
+    index = index_operand(shape, (1,), torch.int32)._replace(compute=compute)
+    kind = _scalar_kind(compute)
+    ends = [Operand(Num(i, kind), None, compute, compute) for i in (0, 1)]
+    if steps == 1:
+        return build(call, fill if function is spaced else power_of, [ends[0], *more], [_checked(dtype)], shape, (1,))
+    return build(call, function, [index, *ends, _number(steps - 1, compute), *more], [_checked(dtype)], shape, (1,))
+
+
+@planned("aten.linspace.default", _PLAIN, family="creation", kernel=spaced, state=_STATE, by_value=("start", "end"))
+def linspace(call: Call) -> Plan:
+    """start, end, steps -> so many points at equal distances, both ends among them."""
+    dtype = call["dtype"] or torch.get_default_dtype()
+    return _spaced(call, spaced, opmath(dtype) if dtype.is_floating_point else torch.float64, dtype)
+
+
+@triton.jit
+def powers_of(index, start, end, last, base):
+    return tl.exp(spaced(index, start, end, last) * tl.log(base))
+
+
+@triton.jit
+def power_of(start, base):
+    return tl.exp(start * tl.log(base))
+
+
+@planned("aten.logspace.default", _PLAIN, family="creation", kernel=powers_of, state=_STATE, by_value=("start", "end", "base"))
+def logspace(call: Call) -> Plan:
+    """start, end, steps, base -> the base to the power of each point of ``linspace``; in float64."""
+    dtype = call["dtype"] or torch.get_default_dtype()
+    if not dtype.is_floating_point or not call["base"] > 0:
+        raise Decline("integer points, or a base that is not positive")
+    return _spaced(call, powers_of, torch.float64, dtype, Operand(Num(3, "fp64"), None, torch.float64, torch.float64))
+
+
+def _range(call: Call, step: Any, positions: tuple[int, int | None]) -> Plan:
+    start, end = call["start"], call["end"]
+    if any(isinstance(v, complex) or not math.isfinite(v) for v in (start, end, step)) or step == 0 or (end - start) * step < 0:
+        raise Decline("PyTorch rejects it: the bounds and the step disagree")
+    dtype = call["dtype"] or torch.get_default_dtype()
+    if dtype == torch.bool or (not dtype.is_floating_point and any(isinstance(v, float) for v in (start, end, step))):
+        raise Decline("bool, or fractional bounds of integers")
+    n = math.floor((end - start) / step) + 1
+    if n >= 2**24:
+        raise Decline("more points than float32 counts exactly")
+    compute = opmath(dtype)
+    index = index_operand((n,), (1,), torch.int64)._replace(compute=compute)
+    numbers = [Operand(Num(p, _scalar_kind(compute)), None, compute, compute) for p in positions if p is not None]
+    return build(call, ramp if len(numbers) == 2 else unit_ramp, [index, *numbers], [_checked(dtype)], (n,), (1,))
+
+
+@planned("aten.range.default", _PLAIN, family="creation", kernel=ramp, state=_STATE, by_value=("start", "end"))
+def range_(call: Call) -> Plan:
+    """start, end: like ``arange``, with the end."""
+    return _range(call, 1, (0, None))
+
+
+@planned("aten.range.step", _PLAIN, family="creation", kernel=ramp, state=_STATE, by_value=("start", "end", "step"))
+def range_step(call: Call) -> Plan:
+    return _range(call, call["step"], (0, 2))
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def hann(index, last):
+    return 0.5 - 0.5 * tl.cos(6.283185307179586 * index / last)
+
+
+@triton.jit
+def hamming(index, last):
+    return 0.54 - 0.46 * tl.cos(6.283185307179586 * index / last)
+
+
+@triton.jit
+def cosine_window(index, last, alpha, beta):
+    return alpha - beta * tl.cos(6.283185307179586 * index / last)
+
+
+@triton.jit
+def blackman(index, last):
+    angle = 6.283185307179586 * index / last
+    return 0.42 - 0.5 * tl.cos(angle) + 0.08 * tl.cos(2.0 * angle)
+
+
+@triton.jit
+def bartlett(index, last):
+    return 1.0 - tl.abs(2.0 * index / last - 1.0)
+
+
+def _window(call: Call, function: Any, periodic: bool, *numbers: int) -> Plan:
+    """``last``: the index at which the window would close; a periodic one stops before it."""
+    n = call["window_length"]
+    dtype = call["dtype"] or torch.get_default_dtype()
+    if n < 0 or not dtype.is_floating_point or n >= 2**24:
+        raise Decline("PyTorch rejects it: a negative length or a dtype that is not floating")
+    shape = (n,)
+    if n <= 1:
+        return _filled(call, shape, (1,), dtype, 1)
+    compute = opmath(dtype)
+    index = index_operand(shape, (1,), torch.int32)._replace(compute=compute)
+    more = [Operand(Num(i, _scalar_kind(compute)), None, compute, compute) for i in numbers]
+    return build(call, function, [index, _number(n if periodic else n - 1, compute), *more], [_checked(dtype)], shape, (1,))
+
+
+@planned("aten.hann_window.default", _PLAIN, family="creation", kernel=hann, state=_STATE)
+def hann_window(call: Call) -> Plan:
+    return _window(call, hann, True)
+
+
+@planned("aten.hann_window.periodic", _PLAIN, family="creation", kernel=hann, state=_STATE)
+def hann_window_periodic(call: Call) -> Plan:
+    return _window(call, hann, call["periodic"])
+
+
+@planned("aten.hamming_window.default", _PLAIN, family="creation", kernel=hamming, state=_STATE)
+def hamming_window(call: Call) -> Plan:
+    return _window(call, hamming, True)
+
+
+@planned("aten.hamming_window.periodic", _PLAIN, family="creation", kernel=hamming, state=_STATE)
+def hamming_window_periodic(call: Call) -> Plan:
+    return _window(call, hamming, call["periodic"])
+
+
+@planned("aten.hamming_window.periodic_alpha_beta", _PLAIN, family="creation", kernel=cosine_window, state=_STATE)
+def hamming_window_alpha_beta(call: Call) -> Plan:
+    return _window(call, cosine_window, call["periodic"], 2, 3)
+
+
+@planned("aten.blackman_window.default", _PLAIN, family="creation", kernel=blackman, state=_STATE)
+def blackman_window(call: Call) -> Plan:
+    return _window(call, blackman, True)
+
+
+@planned("aten.blackman_window.periodic", _PLAIN, family="creation", kernel=blackman, state=_STATE)
+def blackman_window_periodic(call: Call) -> Plan:
+    return _window(call, blackman, call["periodic"])
+
+
+@planned("aten.bartlett_window.default", _PLAIN, family="creation", kernel=bartlett, state=_STATE)
+def bartlett_window(call: Call) -> Plan:
+    return _window(call, bartlett, True)
+
+
+@planned("aten.bartlett_window.periodic", _PLAIN, family="creation", kernel=bartlett, state=_STATE)
+def bartlett_window_periodic(call: Call) -> Plan:
+    return _window(call, bartlett, call["periodic"])
