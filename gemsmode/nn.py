@@ -66,7 +66,7 @@ class SkipLayerNorm(torch.nn.LayerNorm):
         super().__init__(*args, **kwargs)
         self.return_sum = return_sum
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Any:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Any:
         function: Callable[..., Any] = fused.add_layer_norm if self.return_sum else fused.skip_layer_norm
         return function(x, residual, self.normalized_shape, self.weight, self.bias, self.eps)
 

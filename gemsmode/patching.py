@@ -192,14 +192,14 @@ def _close(got: Any, expected: torch.Tensor, what: str, tolerance: float = 1e-5)
         raise NotRecognised(f"it does not compute {what}: off by {error:.1e} of the largest value")
 
 
-def _try(function: Callable[[], Any]) -> Any:
-    """What ``function`` gives on a small copy of a module.
+def _try(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``function`` (a module's own, given a small copy of it) gives.
 
     Raises:
         NotRecognised: it raises: the copy is not what the module expects to be.
     """
     try:
-        return function()
+        return function(*args, **kwargs)
     except NotRecognised:
         raise
     except Exception as error:
@@ -275,7 +275,7 @@ def _rms_norm_of(module: torch.nn.Module | None) -> _Norm | None:
         for training in (False, True):
             clone = _small(module, {}, training)
             clone.__dict__["_parameters"] = given
-            results.append((x, _try(lambda clone=clone, x=x: type(module).forward(clone, x))))
+            results.append((x, _try(type(module).forward, clone, x)))
     refusal: NotRecognised | None = None
     for offset in (False, True):
         try:
@@ -290,7 +290,7 @@ def _rms_norm_of(module: torch.nn.Module | None) -> _Norm | None:
 
 
 def _scale(norm: torch.nn.Module, offset: bool) -> torch.Tensor:
-    return 1.0 + norm.weight.float() if offset else norm.weight  # type: ignore[operator,return-value]
+    return 1.0 + norm.weight.float() if offset else norm.weight
 
 
 @pattern("rms_norm")
@@ -322,7 +322,7 @@ def _activation_of(function: Any) -> str | None:
     x = torch.linspace(-12, 12, 241, dtype=torch.float64, device="cpu")
     for name, known in _ACTIVATIONS.items():
         try:
-            _close(_try(lambda: function(x.clone())), known(x), name, 1e-9)
+            _close(_try(function, x.clone()), known(x), name, 1e-9)
             return name
         except NotRecognised:
             continue
@@ -353,7 +353,7 @@ def _gated_mlp(module: torch.nn.Module) -> Forward | None:
         clone = _small(module, parts, training)
         x = _numbers(9, 2, 3, 6)
         expected = parts[down](_ACTIVATIONS[kind](parts[gate](x)) * parts[up](x))
-        _close(_try(lambda clone=clone, x=x: type(module).forward(clone, x)), expected, "a gated MLP")
+        _close(_try(type(module).forward, clone, x), expected, "a gated MLP")
     fused = _fused()
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -384,7 +384,7 @@ def _fused_rotary(function: types.FunctionType) -> Forward:
     c, s = _numbers(2, 2, 5, 8), _numbers(3, 2, 5, 8)
     for dim in (1, 2):
         q, k = (_numbers(i, 2, *((h, 5) if dim == 1 else (5, h)), 8) for i, h in ((0, 4), (1, 2)))
-        got = _try(lambda q=q, k=k, dim=dim: function(q, k, c, s, unsqueeze_dim=dim))
+        got = _try(function, q, k, c, s, unsqueeze_dim=dim)
         for x, y in zip((q, k), got):
             a, b = x[..., :4], x[..., 4:]
             expected = x * c.unsqueeze(dim) + torch.cat((-b, a), -1) * s.unsqueeze(dim)
@@ -463,7 +463,9 @@ class _Doubled(torch.nn.Module):
 
 def _norm_of(module: torch.nn.Module | None) -> _Norm | None:
     """What is known of a layer's norm: an RMS norm, or PyTorch's own LayerNorm (whose ``eps`` goes by that name)."""
-    if type(module) is torch.nn.LayerNorm:
+    if isinstance(module, torch.nn.LayerNorm):
+        if type(module) is not torch.nn.LayerNorm:
+            return None
         return _Norm("eps", False) if len(module.normalized_shape) == 1 and module.weight is not None else None
     return _rms_norm_of(module)
 
@@ -538,7 +540,7 @@ def _residual_norm(module: torch.nn.Module) -> Forward | None:
             parts[roles.dropout] = _Doubled()
         clone = _small(module, parts, training)
         x = _numbers(5, 2, 3, 6).float()
-        got = _try(lambda clone=clone, x=x: type(module).forward(clone, x, **keywords))
+        got = _try(type(module).forward, clone, x, **keywords)
         times = 1 if roles.dropout is None else 2
         total = x.double() + times * 2 * _normalized(x, norms[0], known)
         _close(got, total + times * _normalized(total, norms[1], known)**3, "a layer whose norms come first", 1e-4)
@@ -591,15 +593,15 @@ def _skip_layer_norm(module: torch.nn.Module) -> Forward | None:
     dropout = next((n for n, c in children.items() if type(c) is torch.nn.Dropout), None)
     if dense is None or norm is None or dropout is None or len(_parameters_of(type(module).forward)) != 3:
         return None
-    eps = children[norm].eps  # type: ignore[union-attr]
+    eps: Any = children[norm].eps
     for training in (False, True):
-        little = torch.nn.LayerNorm(6, eps=eps, dtype=torch.float64, device="cpu")  # type: ignore[arg-type]
+        little = torch.nn.LayerNorm(6, eps=eps, dtype=torch.float64, device="cpu")
         little.weight.data.copy_(_numbers(0, 6))
         little.bias.data.copy_(_numbers(1, 6))
         layer = _linear(2, 5, 6, True)
         clone = _small(module, {dense: layer, norm: little, dropout: _Doubled()}, training)
         x, residual = _numbers(7, 2, 3, 5), _numbers(8, 2, 3, 6)
-        got = _try(lambda clone=clone, x=x, residual=residual: type(module).forward(clone, x, residual))
+        got = _try(type(module).forward, clone, x, residual)
         _close(got, little(2 * layer(x) + residual), "a layer norm of dense(x) + residual")
     fused = _fused()
 
@@ -636,7 +638,7 @@ def _gelu(module: torch.nn.Module) -> Forward | None:
     own, x = _own(module), _numbers(0, 4)
     counting = _CountOps()
     with counting:
-        _try(lambda: own(x))
+        _try(own, x)
     if counting.count <= 1:
         return None  # one op already
     kind = _activation_of(own)
@@ -669,7 +671,7 @@ def _causal_lm_loss(module: torch.nn.Module) -> Forward | None:
     cases: tuple[tuple[dict[str, Any], torch.Tensor], ...] = (
         ({}, shifted), ({"num_items_in_batch": 3}, shifted), ({"shift_labels": labels}, labels))
     for keywords, target in cases:
-        got = _try(lambda keywords=keywords: own(logits, labels, 7, **keywords))
+        got = _try(own, logits, labels, 7, **keywords)
         items = keywords.get("num_items_in_batch")
         expected = F.cross_entropy(logits.double().view(-1, 7), target.reshape(-1), reduction="sum" if items else "mean")
         _close(got, expected / (items or 1), "the loss of a causal language model")
@@ -693,7 +695,9 @@ def _causal_lm_loss(module: torch.nn.Module) -> Forward | None:
 
 
 def _selected(only: Iterable[str] | str | None, skip: Iterable[str] | str) -> list[Pattern]:
-    names = lambda given: [given] if isinstance(given, str) else list(given)  # noqa: E731
+    def names(given: Iterable[str] | str) -> list[str]:
+        return [given] if isinstance(given, str) else list(given)
+
     for name in (*names(only or ()), *names(skip)):
         if name not in PATTERNS:
             raise ValueError(f"no pattern is called {name!r}; there are {', '.join(PATTERNS)}")

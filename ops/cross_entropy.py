@@ -335,8 +335,8 @@ def plan_cross_entropy_backward(call: Call) -> Plan:
 _DEFAULTS = (None, MEAN, -100, 0.0, False)
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    weight, *options = (*inputs[2:], *_DEFAULTS[len(inputs) - 2:])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    weight, *options = [*inputs[2:]] + [*_DEFAULTS[len(inputs) - 2:]]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], inputs[1], output[1], output[2], weight)
@@ -437,8 +437,8 @@ linear_cross_entropy_backward = custom_op(
 _LINEAR_DEFAULTS = (None, None, MEAN, -100, 0.0, 0)
 
 
-def _setup_linear(ctx: Any, inputs: Any, output: Any) -> None:
-    bias, weight, *options = (*inputs[3:], *_LINEAR_DEFAULTS[len(inputs) - 3:])
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    bias, weight, *options = [*inputs[3:]] + [*_LINEAR_DEFAULTS[len(inputs) - 3:]]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], output[1], output[2], bias, weight)

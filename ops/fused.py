@@ -138,7 +138,7 @@ def apply_rotary_pos_emb(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, si
     if position_ids is not None:
         position_ids = position_ids.reshape(-1, q.shape[-3])
     rotated = turn(q4, k4, cos, sin, position_ids, rotary_interleaved)
-    return rotated if len(lead) == 1 else tuple([t.reshape(*lead, *t.shape[1:]) for t in rotated])  # type: ignore[return-value]
+    return rotated if len(lead) == 1 else tuple([t.reshape(*lead, *t.shape[1:]) for t in rotated])
 
 
 def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None = None,

@@ -251,8 +251,8 @@ def plan_rotary(call: Call) -> Plan:
 # -- gradient ----------------------------------------------------------------------------------------------------------
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    positions, *flags = (*inputs[4:], *(None, False, False, False, False)[len(inputs) - 4:])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    positions, *flags = [*inputs[4:]] + [None, False, False, False, False][len(inputs) - 4:]
     ctx.save_for_backward(inputs[2], inputs[3], positions)
     ctx.flags = flags
 
@@ -262,7 +262,8 @@ def _gradient(ctx: Any, grad_q: Any, grad_k: Any) -> Any:
     interleaved, full, heads_first, inverse = ctx.flags
     if any(ctx.needs_input_grad[2:4]):
         raise NotImplementedError("gemsmode::rotary_embedding is not differentiable in cos and sin")
-    return *rotary_embedding.op(grad_q, grad_k, cos, sin, positions, interleaved, full, heads_first, not inverse), *[None] * 7
+    dq, dk = rotary_embedding.op(grad_q, grad_k, cos, sin, positions, interleaved, full, heads_first, not inverse)
+    return dq, dk, *[None] * 7
 
 
 rotary_embedding.differentiate(_setup, _gradient)
