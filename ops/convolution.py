@@ -156,11 +156,12 @@ class PatchTile:
 
 
 PATCH_TILES = {
-    "half": (PatchTile(128, 128, 64, 8, 3), PatchTile(64, 64, 64, 4, 4)),
-    "tf32": (PatchTile(128, 64, 32, 4, 3), PatchTile(64, 64, 32, 4, 3)),
+    "half": (PatchTile(128, 64, 64, 8, 3), PatchTile(64, 64, 64, 4, 4)),
+    "tf32": (PatchTile(128, 64, 32, 8, 3), PatchTile(64, 64, 32, 4, 3)),
     "ieee": (PatchTile(64, 64, 16, 4, 2), PatchTile(64, 32, 16, 4, 2)),
 }
-"""By kind of product: the tile for many patches, and the one for when that would leave multiprocessors idle."""
+"""By kind of product: the tile for many patches, and the one for when that would leave multiprocessors idle. Offsets of
+patches and of results take registers: tiles of 128x128 (or of 128x64 with four warps) spill."""
 
 
 def choose_patch_tile(patches: int, channels: int, kind: str, target: Target) -> PatchTile:
