@@ -95,8 +95,9 @@ class Timing(NamedTuple):
         """What a program waits for: the slower of device and host."""
         return max(self.device_us, self.host_us)
 
-    def __str__(self) -> str:
-        return f"{self.cost:.1f} us" if self.cost < 100 else f"{self.cost:,.0f} us"
+
+def _us(value: float) -> str:
+    return f"{value:.1f} us" if value < 100 else f"{value:,.0f} us"
 
 
 def _mean(timings: Sequence[Timing]) -> Timing:
@@ -111,24 +112,36 @@ class Choice(NamedTuple):
         rule: what the rule costs.
         native: what PyTorch's own implementation costs.
         origin: ``"measured"`` now, ``"kept"`` from before, or ``"similar"``: of calls of nearly these sizes.
+        by: what is compared: ``"cost"``, or ``"device"`` time alone.
     """
 
     rule: Timing
     native: Timing
     origin: str = "measured"
+    by: str = "cost"
+
+    @property
+    def rule_us(self) -> float:
+        """The figure of the rule that is compared."""
+        return self.rule.device_us if self.by == "device" else self.rule.cost
+
+    @property
+    def native_us(self) -> float:
+        """The figure of the native op that is compared."""
+        return self.native.device_us if self.by == "device" else self.native.cost
 
     @property
     def rule_wins(self) -> bool:
-        return self.rule.cost <= MARGIN * self.native.cost
+        return self.rule_us <= MARGIN * self.native_us
 
     @property
     def reason(self) -> str:
         """``native is faster: 7.1 us against 9.8 us``; says so where it is host time that decides."""
         names = ("the rule", "native") if self.rule_wins else ("native", "the rule")
-        first, second = (self.rule, self.native) if self.rule_wins else (self.native, self.rule)
-        verdict = f"{names[0]} is faster" if first.cost < second.cost else f"{names[0]} is as fast"
-        on_host = all(t.host_us > t.device_us for t in (first, second))
-        return (f"{verdict}: {first} against {second}" + (" of host time" if on_host else "")
+        first, second = (self.rule_us, self.native_us) if self.rule_wins else (self.native_us, self.rule_us)
+        verdict = f"{names[0]} is faster" if first < second else f"{names[0]} is as fast"
+        on_host = self.by == "cost" and all(t.host_us > t.device_us for t in (self.rule, self.native))
+        return (f"{verdict}: {_us(first)} against {_us(second)}" + (" of host time" if on_host else "")
                 + (", at nearly these sizes" if self.origin == "similar" else ""))
 
 
@@ -581,6 +594,8 @@ class Chooser:
         folder: where choices are kept: ``"default"`` is :func:`cache_folder`, None keeps them in memory only.
         timer: measures; defaults to events on a GPU and wall time on the CPU.
         again: measure what was kept before, too, once.
+        by: ``"cost"`` compares the slower of device and host time; ``"device"`` device time alone, for what a CUDA graph
+            replays (``gemsmode.capture(..., prefer="fastest")``). What is kept serves both.
 
     Attributes:
         on_measured: called with the text of each signature that was timed, and the choice.
@@ -589,9 +604,12 @@ class Chooser:
 
     lock = threading.RLock()
 
-    def __init__(self, folder: Path | str | None = "default", timer: Timer | None = None, again: bool = False) -> None:
+    def __init__(self, folder: Path | str | None = "default", timer: Timer | None = None, again: bool = False,
+                 by: str = "cost") -> None:
+        if by not in ("cost", "device"):
+            raise ValueError(f"by is 'cost' or 'device', not {by!r}")
         self.folder = cache_folder() if folder == "default" else None if folder is None else Path(folder)
-        self.again = again
+        self.again, self.by = again, by
         self.on_measured: Callable[[str, Choice], Any] | None = None
         self._timer = timer
         self._stores: dict[tuple[Target, int], Store] = {}
@@ -646,11 +664,11 @@ class Chooser:
         source = source_hash(rule)
         entry = store.get(text, rule.name, source)
         if entry is not None and not (self.again and entry.choice.origin == "kept"):
-            return entry.choice
+            return entry.choice._replace(by=self.by)
         alike = [c for c in store.alike(size_class, rule.name, source) if not (self.again and c.origin == "kept")]
         if len(alike) < PER_CLASS:
             return None
-        return Choice(_mean([c.rule for c in alike]), _mean([c.native for c in alike]), "similar")
+        return Choice(_mean([c.rule for c in alike]), _mean([c.native for c in alike]), "similar", self.by)
 
     def _measure(self, handler: OpHandler, args: tuple[Any, ...], metas: tuple[Any, ...], decided: Decided) -> Choice | None:
         """Time both; None if that cannot be done, and the rule has to do."""
@@ -670,7 +688,7 @@ class Chooser:
             # PyTorch rejects the call, or the rule fails: the call itself will show it.
             log.debug("%s is not timed: %s: %s", handler.op, type(error).__name__, error)
             return None
-        choice = Choice(rule_time, native_time)
+        choice = Choice(rule_time, native_time, "measured", self.by)
         rule = _rule_of(handler, decided)
         text, size_class = _texts(handler, metas)
         self.store(target, device).put(text, Entry(rule.name, source_hash(rule), choice, size_class))
@@ -689,13 +707,13 @@ def _save_all() -> None:
 
 
 @functools.cache
-def _chooser_in(folder: Path) -> Chooser:
-    return Chooser(folder)
+def _chooser_in(folder: Path, by: str) -> Chooser:
+    return Chooser(folder, by=by)
 
 
-def default() -> Chooser:
+def default(by: str = "cost") -> Chooser:
     """The chooser that modes share, for the cache folder of this moment."""
-    return _chooser_in(cache_folder())
+    return _chooser_in(cache_folder(), by)
 
 
 def as_chooser(prefer: str | Chooser | None) -> Chooser | None:

@@ -249,6 +249,7 @@ def _tune(options: argparse.Namespace, out: Console) -> int:
 def _kept(chooser: Any, limit: int) -> Table:
     """The choices that are kept for this machine."""
     from gemsmode.target import current
+    from gemsmode.tracing.sections import seconds
 
     store = chooser.store(current())
     table = Table(box=None, pad_edge=False, header_style="bold", caption=f"{len(store):,} choices in {store.path}", caption_justify="left")
@@ -257,7 +258,7 @@ def _kept(chooser: Any, limit: int) -> Table:
         table.add_column(column, justify="right")
     table.add_column("taken")
     for text, entry in store.items()[-limit:]:
-        table.add_row(Text(text.removeprefix("aten.")), str(entry.choice.rule), str(entry.choice.native),
+        table.add_row(Text(text.removeprefix("aten.")), seconds(entry.choice.rule_us * 1e-6), seconds(entry.choice.native_us * 1e-6),
                       "rule" if entry.choice.rule_wins else "native")
     return table
 
@@ -452,7 +453,7 @@ def _explain(options: argparse.Namespace, out: Console) -> int:
         print(json.dumps({
             "overload": str(explanation.op), "call": explanation.call,
             "decision": None if d is None else {"kind": d.kind, "rule": d.rule, "reason": d.reason, "bytes": d.bytes, "flops": d.flops},
-            "choice": None if (c := explanation.choice) is None else {"rule_us": c.rule.cost, "native_us": c.native.cost,
+            "choice": None if (c := explanation.choice) is None else {"rule_us": c.rule_us, "native_us": c.native_us,
                                                                       "taken": "rule" if c.rule_wins else "native", "reason": c.reason},
             "rules": [{"name": n, "when": w, "where": f, "derived_from": b} for n, w, f, b in explanation.rules]}, indent=1))
     else:

@@ -54,6 +54,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemsmode import choice
 from gemsmode.errors import CaptureError
 from gemsmode.mode import GemsMode
 from gemsmode.signature import TensorMeta
@@ -569,14 +570,16 @@ def _buffer_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device=source.device).copy_(source)
 
 
-def capture(function: Callable[..., Any], *, mode: GemsMode | None = None, max_graphs: int = 8, clone: bool = False,
-            by_reference: Sequence[int | str] = (), uncapturable: str = "raise", without_gpu: str = "eager", pool: Any = None,
-            backend: Backend | None = None) -> Captured:
+def capture(function: Callable[..., Any], *, mode: GemsMode | None = None, prefer: str | None = None, max_graphs: int = 8,
+            clone: bool = False, by_reference: Sequence[int | str] = (), uncapturable: str = "raise", without_gpu: str = "eager",
+            pool: Any = None, backend: Backend | None = None) -> Captured:
     """Run ``function`` under the mode as a CUDA graph; see :mod:`gemsmode.graphs` for what that means.
 
     Args:
         function: a module, a function, a method. Its results are tensors, or containers of tensors and other objects.
-        mode: the mode to run and capture under; ``GemsMode()`` by default.
+        mode: the mode to run and capture under; ``GemsMode(prefer=prefer)`` by default.
+        prefer: ``"rules"``, or ``"fastest"``: of each rule and PyTorch's own the one with less device time, which is what a replay
+            consists of; see :mod:`gemsmode.choice`. Not together with ``mode``.
         max_graphs: graphs kept at a time, one a signature.
         clone: return copies of the results, which no later call overwrites.
         by_reference: positions and names of arguments whose tensors are used where they are, not copied: large caches. They
@@ -593,4 +596,8 @@ def capture(function: Callable[..., Any], *, mode: GemsMode | None = None, max_g
     Raises:
         TypeError, ValueError: unusable options.
     """
+    if prefer is not None:
+        if mode is not None:
+            raise ValueError("give either a mode, which has its own prefer=, or prefer")
+        mode = GemsMode(prefer=choice.default(by="device") if prefer == "fastest" else prefer)
     return Captured(function, mode, max_graphs, clone, by_reference, uncapturable, without_gpu, pool, backend or CudaGraphs())

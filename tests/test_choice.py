@@ -94,6 +94,10 @@ def test_what_is_compared() -> None:
     assert Choice(Timing(70.0, 9.0), Timing(165.0, 5.0)).rule_wins
     assert Choice(Timing(70.0, 9.0), Timing(1650.0, 5.0)).reason == "the rule is faster: 70.0 us against 1,650 us"
     assert not Choice(Timing(3.0, 9.0), Timing(8.0, 5.0)).rule_wins  # 9 of host against 8 of device
+    # In a graph the host has no part.
+    both = Timing(2.0, 9.0), Timing(2.5, 5.0)
+    assert Choice(*both, by="device").rule_wins and Choice(*both, by="device").reason == "the rule is faster: 2.0 us against 2.5 us"
+    assert not Choice(*both).rule_wins
     # Noise is no reason to give up a kernel.
     assert Choice(Timing(100.5, 1.0), Timing(100.0, 1.0)).rule_wins
     assert Choice(Timing(100.5, 1.0), Timing(100.0, 1.0)).reason == "the rule is as fast: 100 us against 100 us"
@@ -559,6 +563,8 @@ def test_options(x: torch.Tensor, spy: Spy) -> None:
     torch.exp(x)
     gemsmode.disable()
     assert timer.seen == 1 and spy.take() == []
+    with pytest.raises(ValueError, match="'cost' or 'device'"):
+        Chooser(by="host")
     assert GemsMode(prefer="fastest").policy is GemsMode(prefer="fastest").policy
     assert GemsMode(prefer="fastest").policy is not GemsMode().policy
 

@@ -461,6 +461,12 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 def test_unusable_options() -> None:
     with pytest.raises(TypeError, match="takes a callable, not int"):
         gemsmode.capture(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="either a mode"):
+        gemsmode.capture(print, mode=GemsMode(), prefer="fastest")
+    with pytest.raises(ValueError, match="prefer is 'rules'"):
+        gemsmode.capture(print, prefer="slowest")
+    chooser = gemsmode.capture(print, prefer="fastest").mode._chooser
+    assert chooser is not None and chooser.by == "device"
     with pytest.raises(ValueError, match="max_graphs"):
         gemsmode.capture(print, max_graphs=0)
     with pytest.raises(ValueError, match="uncapturable is 'raise' or 'eager'"):

@@ -297,7 +297,7 @@ class Recorder:
             calls=sum(r.calls for r in rows), host_s=sum(r.host_ns for r in rows) / 1e9,
             device_s=sum(r.device_ns for r in rows) / 1e9 if device_calls else None, device_calls=device_calls,
             captured=sum(r.captured for r in rows), bytes=decision.bytes, flops=decision.flops, touched=first.touched,
-            rule_us=choice and choice.rule.cost, native_us=choice and choice.native.cost, timed=choice.origin if choice else "")
+            rule_us=choice and choice.rule_us, native_us=choice and choice.native_us, timed=choice.origin if choice else "")
 
     def _environment(self) -> dict[str, Any]:
         import gemsmode
