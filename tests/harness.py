@@ -780,9 +780,10 @@ def by_hand(op: OpOverload, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     name, packet = short_name(op), _packet(op)
     if packet.startswith("_foreach_") and not any(p.is_out for p in parameters(op)):
         return _foreach_call(op, dtype)
-    if packet == "scatter" and name.endswith(".reduce"):
+    if packet == "scatter" and name.endswith(("scatter.reduce", "scatter.value_reduce")) and dtype != torch.bool:
         rows = torch.tensor([[0, 2, 1, 4, 3], [1, 0, 2, 3, 4]], device=OPTIONS.device)
-        return [(tensor((5, 5), dtype), 0, rows, tensor((2, 5), dtype, 40), way) for way in ("add", "multiply") if dtype != torch.bool]
+        value = 2 if "value" in name else tensor((2, 5), dtype, 40)
+        return [(tensor((5, 5), dtype), 0, rows, value, way) for way in ("add", "multiply")]
     if packet == "as_strided_copy" and name == packet:
         return [(tensor((5, 7), dtype), (3, 4), (7, 2), None), (tensor((5, 7), dtype), (2, 2, 2), (1, 1, 1), None)]
     if packet.startswith("_native_batch_norm_legit") and dtype in FLOAT_DTYPES and not any(p.is_out for p in parameters(op)):
