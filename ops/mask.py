@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.launch import Constants
-from gemsmode.ops.indexing import CHECK, INDEX, Given, contiguous, read_advanced
+from gemsmode.ops.indexing import CHECK, INDEX, WIDE, Given, contiguous, read_advanced
 from gemsmode.ops.layout import broadcast_shape
 from gemsmode.ops.pointwise import power_of_2
 from gemsmode.ops.promotion import ALL
@@ -65,37 +65,42 @@ def starts_kernel(p_count, p_start, p_total, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _places(p_mask, p_start, n, BLOCK: tl.constexpr):
+def _places(p_mask, p_start, n, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Of this program's tile: element numbers, which are in range, which are true, and how many true ones come before each."""
-    i = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(0)
+    before = tl.load(p_start + i)
+    if WIDE:
+        i = i.to(tl.int64)
+    else:
+        before = before.to(tl.int32)
     o = i * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     true = truth(tl.load(p_mask + o, mask=m, other=0))
-    return o, m, m & (true != 0), tl.load(p_start + i) + tl.cumsum(true, 0) - true
+    return o, m, m & (true != 0), before + tl.cumsum(true, 0) - true
 
 
 @triton.jit
-def select_kernel(p_out, p_x, p_mask, p_start, n, limit, BLOCK: tl.constexpr):
+def select_kernel(p_out, p_x, p_mask, p_start, n, limit, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """The elements of x where the mask is true, one after the other, ``limit`` at most. Grid: tiles."""
-    o, _, kept, place = _places(p_mask, p_start, n, BLOCK)
+    o, _, kept, place = _places(p_mask, p_start, n, WIDE, BLOCK)
     kept = kept & (place < limit)
     tl.store(p_out + place, tl.load(p_x + o, mask=kept), mask=kept)
 
 
 @triton.jit
-def fill_kernel(p_out, p_x, p_mask, p_source, p_start, n, limit, BLOCK: tl.constexpr):
+def fill_kernel(p_out, p_x, p_mask, p_source, p_start, n, limit, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """x, and where the mask is true the elements of the source one after the other. Grid: tiles."""
-    o, m, kept, place = _places(p_mask, p_start, n, BLOCK)
+    o, m, kept, place = _places(p_mask, p_start, n, WIDE, BLOCK)
     tl.device_assert((kept & (place >= limit)) == 0, "fewer elements in the source than true ones in the mask")
     b = tl.load(p_x + o, mask=m)
     tl.store(p_out + o, tl.where(kept, tl.load(p_source + place, mask=kept), b), mask=m)
 
 
 @triton.jit
-def coordinates_kernel(p_out, p_mask, p_start, n, limit, sizes, step, dim_step, BLOCK: tl.constexpr):
+def coordinates_kernel(p_out, p_mask, p_start, n, limit, sizes, step, dim_step, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Coordinates of the elements that are true, ``limit`` at most: the j-th one's along dimension d, counted from the last,
     at ``j * step - d * dim_step``. Grid: tiles."""
-    o, _, kept, place = _places(p_mask, p_start, n, BLOCK)
+    o, _, kept, place = _places(p_mask, p_start, n, WIDE, BLOCK)
     kept = kept & (place < limit)
     rest = o
     for d in tl.static_range(len(sizes)):
@@ -104,7 +109,7 @@ def coordinates_kernel(p_out, p_mask, p_start, n, limit, sizes, step, dim_step, 
         else:
             i = rest % sizes[d]
             rest = rest // sizes[d]
-        tl.store(p_out + (place * step - d * dim_step), i, mask=kept)
+        tl.store(p_out + (place * step - d * dim_step), i.to(tl.int64), mask=kept)
 
 
 @triton.jit
@@ -116,13 +121,13 @@ def rest_kernel(p_out, p_total, n, width, fill, BLOCK: tl.constexpr):
 
 
 def tile_of(n: int, target: Target) -> tuple[int, int]:
-    """Elements of a tile, and warps: 32 elements a thread, fewer while the device would not be filled."""
+    """Elements of a tile, and warps: 16 elements a thread; smaller tiles while the device would not be filled."""
     if target.interpreted:
         return min(power_of_2(n), 1 << 16), 4
-    tile = 8192
+    tile = 4096
     while tile > 1024 and n < tile * target.multiprocessors * 2:
         tile //= 2
-    return tile, max(tile * 32 // (32 * 32 * target.warp_size), 1)
+    return tile, max(tile // (16 * target.warp_size), 1)
 
 
 class Counted(NamedTuple):
@@ -133,7 +138,7 @@ class Counted(NamedTuple):
         launches: the passes.
         start: the number of the allocation with the starts.
         grid: of the pass that follows.
-        tile: elements of a tile.
+        constants: of the pass that follows.
         warps: of the pass that follows.
     """
 
@@ -141,7 +146,7 @@ class Counted(NamedTuple):
     launches: tuple[Launch, ...]
     start: int
     grid: tuple[int, int, int]
-    tile: int
+    constants: Constants
     warps: int
 
 
@@ -155,7 +160,8 @@ def counted(call: Call, flags: Any, n: int, first: int, total: Any, value: Any =
     scan = min(power_of_2(tiles), 1 << 16 if call.target.interpreted else 4096)
     launches = (Launch(count_kernel, (tiles, 1, 1), (flags, Out(first), extent(n)), Constants((("VALUE", value), ("BLOCK", tile))), warps),
                 Launch(starts_kernel, (1, 1, 1), (Out(first), Out(first + 1), total, Size(tiles)), Constants((("BLOCK", scan),)), 8))
-    return Counted((count, start), launches, first + 1, (tiles, 1, 1), tile, warps)
+    wide = n * max((m.ndim for m in call.tensors), default=1) >= WIDE
+    return Counted((count, start), launches, first + 1, (tiles, 1, 1), Constants((("WIDE", wide), ("BLOCK", tile))), warps)
 
 
 _TOTAL = Alloc((1,), (1,), torch.int64)
@@ -195,7 +201,7 @@ def nonzero(call: Call) -> Plan:
             return Plan((out,), (), Out(0), metas)
         args = (At(Out(0), (ndim - 1) * count), source, start, extent(n), Size(count), tuple(Size(s) for s in reversed(x.shape)), 1,
                 Size(count))
-        launch = Launch(coordinates_kernel, scan.grid, args, Constants((("BLOCK", scan.tile),)), scan.warps)
+        launch = Launch(coordinates_kernel, scan.grid, args, scan.constants, scan.warps)
         return Plan((out,), (launch,), Out(0), metas, bytes=n * x.dtype.itemsize + count * ndim * 8)
 
     return Plan(allocs, (*copying, *scan.launches), Out(0), {Arg(0): x}, then=then, example=(max(n // 2, 1),),
@@ -220,7 +226,7 @@ def nonzero_static(call: Call) -> Plan:
     flags, copies, copying = contiguous(call, 0, 2)
     scan = counted(call, flags, n, 2 + len(copies), Out(1))
     args = (At(Out(0), ndim - 1), flags, Out(scan.start), extent(n), Size(size), tuple(Size(s) for s in reversed(x.shape)), Size(ndim), 1)
-    writing = Launch(coordinates_kernel, scan.grid, args, Constants((("BLOCK", scan.tile),)), scan.warps)
+    writing = Launch(coordinates_kernel, scan.grid, args, scan.constants, scan.warps)
     return Plan((out, _TOTAL, *copies, *scan.allocs), (*copying, *scan.launches, writing, filling), Out(0), {Arg(0): x},
                 bytes=n * x.dtype.itemsize + size * ndim * 8)
 
@@ -249,7 +255,7 @@ def _selected(call: Call, x_at: int, mask_at: Any, mask: TensorMeta, shape: tupl
                 ref, meta = _later(call, ref.index, allocs[ref.index])
                 known |= meta
             refs.append(ref)
-        launch = Launch(select_kernel, scan.grid, (Out(0), *refs, start, extent(n), Size(count)), Constants((("BLOCK", scan.tile),)),
+        launch = Launch(select_kernel, scan.grid, (Out(0), *refs, start, extent(n), Size(count)), scan.constants,
                         scan.warps)
         return Plan((Alloc((count,), (1,), x.dtype),), (launch,) if count else (), Out(0), metas | known,
                     bytes=n * mask.dtype.itemsize + 2 * count * x.dtype.itemsize)
@@ -294,7 +300,7 @@ def masked_scatter(call: Call) -> Plan:
         refs.append(ref)
     scan = counted(call, refs[1], n, len(allocs), Out(1))
     writing = Launch(fill_kernel, scan.grid, (Out(0), *refs, Out(scan.start), extent(n), Size(source.numel)),
-                     Constants((("BLOCK", scan.tile),)), scan.warps, asserts=True)
+                     scan.constants, scan.warps, asserts=True)
     return Plan((*allocs, *scan.allocs), (*launches, *scan.launches, writing), Out(0), metas, bytes=n * (1 + 2 * x.dtype.itemsize))
 
 
@@ -313,7 +319,7 @@ def masked_scatter_backward(call: Call) -> Plan:
     flags, copies, copying = contiguous(call, 1, 2 + len(kept), grad.shape)
     scan = counted(call, flags, n, 2 + len(kept) + len(copies), Out(1))
     writing = Launch(select_kernel, scan.grid, (Out(0), source, flags, Out(scan.start), extent(n), Size(math.prod(sizes))),
-                     Constants((("BLOCK", scan.tile),)), scan.warps)
+                     scan.constants, scan.warps)
     return Plan((out, _TOTAL, *kept, *copies, *scan.allocs), (*keeping, *copying, *scan.launches, writing), Out(0),
                 {Arg(0): grad, Arg(1): mask}, bytes=n * (1 + grad.dtype.itemsize))
 
@@ -415,7 +421,7 @@ def _by_masks(call: Call, placed: Sequence[Index], finish: Callable[[list[Given]
                 known |= meta
             args = (At(Out(base + j), (mask.meta.ndim - 1) * count), flags, start, extent(mask.meta.numel), Size(count),
                     tuple(Size(s) for s in reversed(mask.meta.shape)), 1, Size(count))
-            writing.append(Launch(coordinates_kernel, scan.grid, args, Constants((("BLOCK", scan.tile),)), scan.warps))
+            writing.append(Launch(coordinates_kernel, scan.grid, args, scan.constants, scan.warps))
         return plan._replace(allocs=(*plan.allocs, *made), launches=(*writing, *plan.launches), metas=known | plan.metas)
 
     return Plan(allocs, launches, Out(0), metas, then=then, example=tuple(max(m.meta.numel // 2, 1) for m in masks))
@@ -508,8 +514,7 @@ def repeat_interleave(call: Call) -> Plan:
     flags, copies, copying = contiguous(call, 0, 2)
     scan = counted(call, flags, n, 2 + len(copies), Out(0), amount)
     allocs = (_TOTAL, Alloc((n,), (1,), torch.int64), *copies, *scan.allocs)
-    ends = Launch(ends_kernel, scan.grid, (flags, Out(scan.start), Out(1), extent(n)), Constants((("BLOCK", scan.tile),)), scan.warps,
-                  asserts=True)
+    ends = Launch(ends_kernel, scan.grid, (flags, Out(scan.start), Out(1), extent(n)), scan.constants[-1:], scan.warps, asserts=True)
     launches = (*copying, *scan.launches, ends)
 
     def spread(out: Any, end: Any, total: Any, count: int) -> tuple[Launch, ...]:
