@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gpu_sizes import compile_calls, on_gpu
 from torch import nn
 
 from gemsmode import GemsMode
@@ -126,3 +128,25 @@ def test_training_with_a_scaler(fused: bool, device: str) -> None:
     assert scales == under_mode and scales[3] == scales[2] / 2
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     served(mode, "_amp_foreach_non_finite_check_and_unscale_", "_amp_update_scale_")
+
+
+def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:
+    """Calls to compile for GPUs, with everything that is optional."""
+    one, count = on_gpu((), torch.float32), on_gpu((), torch.int32)
+    calls: list[tuple[str, tuple[Any, ...]]] = [("_amp_update_scale_.default", (one, count, one, 2.0, 0.5, 2000))]
+    for dtype in (torch.float16, torch.float32):
+        some = tuple(on_gpu((4096, n), dtype) for n in (4096, 11008, 1))
+        steps = tuple(one for _ in some)
+        calls += [
+            ("_amp_foreach_non_finite_check_and_unscale_.default", (some, one, one)),
+            ("_fused_adam_.tensor_lr", (some, some, some, some, some, steps, one, 0.9, 0.999, 0.01, 1e-8, True, False, one, one)),
+            ("_fused_sgd_.tensor_lr", (some, some, some, 0.01, 0.9, one, 0.1, True, True, False, one, one)),
+        ]
+    return calls
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:80", "cuda:100", "hip:gfx942"])
+def test_kernels_compile_for_gpus(target: str, device: str, tmp_path: Path) -> None:
+    if device == "cuda":
+        pytest.skip("compiled by running them")
+    assert compile_calls(gpu_calls(), target, tmp_path) == 7
