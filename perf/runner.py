@@ -39,11 +39,11 @@ from perf import models, start
 from perf.cases import DTYPES, GROWING, Case, llama_parameters, shrunk
 from perf.measure import Context, Runnable, Stopwatch, Times
 
-PROVIDERS = ("eager", "gemsmode", "fastest", "patch", "capture", "patch+capture", "compile", "flag_gems", "liger_kernel")
+PROVIDERS = ("eager", "gemsmode", "fastest", "patch", "capture", "fastest+capture", "patch+capture", "compile", "flag_gems", "liger_kernel")
 """Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")``; of whole models ``patch`` is ``gemsmode.patch`` under the mode
 and ``capture`` is ``gemsmode.capture``; ``compile`` is ``torch.compile``."""
 
-OF_MODELS = ("patch", "capture", "patch+capture")
+OF_MODELS = ("patch", "capture", "fastest+capture", "patch+capture")
 """Providers that run whole models only."""
 
 Row = dict[str, Any]
@@ -555,8 +555,8 @@ class Runner:
                 raise NotImplementedError("only of whole models")
             around = gemsmode.GemsMode if name == "patch" else contextlib.nullcontext
             if name.endswith("capture"):
-                call = gemsmode.capture(call)
-            return Runnable(call, around if name == "capture" else lambda: _patched(prepared.model.model, around))
+                call = gemsmode.capture(call, prefer="fastest" if name.startswith("fastest") else None)
+            return Runnable(call, (lambda: _patched(prepared.model.model, around)) if name.startswith("patch") else around)
         elif name == "liger_kernel":
             own = prepared.liger()
             if own is None:
