@@ -287,9 +287,9 @@ class _AtHand:
                     tensors.append(arg)
                     given.append(name)
                 else:
-                    conditions.append(f"{name}.__class__ is value_{i}")
-                    values[f"value_{i}"] = arg.__class__
-            elif self._conditions[i] is not None:
+                    conditions.append(f"{name}.__class__ is class_{i}")
+                    values[f"class_{i}"] = arg.__class__
+            if self._conditions[i] is not None:
                 conditions.append(f"{self._conditions[i]} == value_{i}")
                 values[f"value_{i}"] = eval(self._conditions[i] or "", self._scope, {name: arg})
         for state in self._states:
@@ -298,17 +298,22 @@ class _AtHand:
         if not tensors:
             raise ValueError("no tensor to guard")
         scope = {**self._scope, **values}
+        # Guards ask for sizes first, which ends the process on a nested tensor.
+        conditions += [f"not {name}.is_nested" for name in given]
         if len({id(t) for t in tensors}) == len(tensors):
-            guards = _guards(tensors)
-            if not conditions and list(self._names) == given:
-                return guards.check
-            scope["check"] = guards.check
+            scope["check"] = _guards(tensors).check
             conditions.append(f"check({', '.join(given)})")
         else:  # guards of several tensors do not recognize one that comes twice
             for i, (tensor, name) in enumerate(zip(tensors, given)):
                 scope[f"check_{i}"] = _guards([tensor]).check
                 conditions.append(f"check_{i}({name})")
-        exec(f"def match({', '.join(self._names)}):\n    return {' and '.join(conditions)}", scope)
+        exec(f"""
+def match({', '.join(self._names)}):
+    try:
+        return {' and '.join(conditions)}
+    except AttributeError:  # a number where there was a tensor
+        return False
+""", scope)
         return scope["match"]
 
 
@@ -348,9 +353,10 @@ def make_functions(op: OpOverload, plans: dict[tuple, Callable[..., Any]], miss:
         if expression is None:
             raise Unkeyable(f"argument {parameter.name!r} of {op} has type {parameter.type}")
         keys.append(expression)
-        conditions.append(expression)
+        conditions.append(None if parameter.is_tensor else expression)
         if tensor_bits and parameter.type == "Tensor":
             keys.append(f"({name}.__class__ in NUMBERS or {name}.is_neg() or {name}._is_zerotensor())")
+            conditions[-1] = keys[-1]
         first = False
     for i, function in enumerate(state):
         scope[f"state_{i}"] = function

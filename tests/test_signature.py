@@ -38,7 +38,8 @@ def variants() -> list[torch.Tensor]:
     x = torch.randn(4, 6)
     return [x, torch.randn(6, 4).t(), torch.randn(4, 7), x.double(), torch.randn(4, 6, 1), torch.randn(1, 6).expand(4, 6),
             torch.zeros(0, 6), torch.randn(4, 6, requires_grad=True), torch.nn.Parameter(torch.randn(4, 6)),
-            torch.randn(4, 6, device="meta"), x[:, ::2], torch.tensor(2.0), torch._neg_view(x), x.to(torch.complex64), x.to(torch.complex64).conj()]
+            torch.randn(4, 6, device="meta"), x[:, ::2], torch.tensor(2.0),
+            torch._neg_view(x), x.to(torch.complex64), x.to(torch.complex64).conj()]
 
 
 def test_signatures_at_hand_are_told_apart() -> None:
