@@ -770,7 +770,7 @@ def _direct(op: OpOverload, dtype: torch.dtype) -> list[Template]:
     result: list[Template] = []
     for name in _reaching().get(op, ())[:3]:
         result += logged(name, dtype).get(op, [])
-    if not result or _packet(op) == "as_strided_copy":  # whose OpInfo always gives an offset, which no rule serves
+    if not result or _packet(op).startswith("as_strided_"):  # whose OpInfos always give an offset, which no rule serves
         result = [Template(args, "by hand") for args in by_hand(op, dtype)] + result
     return result
 
@@ -786,6 +786,8 @@ def by_hand(op: OpOverload, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         return [(tensor((5, 5), dtype), 0, rows, value, way) for way in ("add", "multiply")]
     if packet == "as_strided_copy" and name == packet:
         return [(tensor((5, 7), dtype), (3, 4), (7, 2), None), (tensor((5, 7), dtype), (2, 2, 2), (1, 1, 1), None)]
+    if packet == "as_strided_scatter" and name == packet:
+        return [(tensor((5, 7), dtype), tensor((3, 4), dtype, 40), (3, 4), (7, 1), None)]
     if packet.startswith("_native_batch_norm_legit") and dtype in FLOAT_DTYPES and not any(p.is_out for p in parameters(op)):
         x, of_channels = tensor((4, 3, 5), dtype), [tensor((3,), torch.float32, 20 * i).abs() + 0.5 for i in range(4)]
         choices = {"input": x, "momentum": 0.1, "eps": 1e-5}

@@ -292,7 +292,8 @@ def relaid_last(x: torch.Tensor) -> torch.Tensor:
 
 CONTIGUOUS_ON_CPU: dict[str, str] = {
     "adaptive_max_pool3d_backward": "PyTorch's CPU kernel reads the indices as if they were contiguous",
-    "adaptive_max_pool3d_backward.grad_input": "as without out=",
+    "fractional_max_pool2d_backward": "as adaptive_max_pool3d_backward",
+    "fractional_max_pool3d_backward": "as adaptive_max_pool3d_backward",
 }
 """Ops whose other layouts are compared on a GPU only, and why."""
 
@@ -339,6 +340,9 @@ def test_layouts(op: OpOverload) -> None:
                     failures.check(f"{which} {name}", check)
     if not ran:
         pytest.skip("no call of this op has a tensor of several elements")
+    if harness.OPTIONS.brief and not intercepted:
+        failures.done()
+        pytest.skip("the rules leave the few calls of this run to PyTorch; test_overload looks for others")
     finish(op, failures, intercepted)
 
 
