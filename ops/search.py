@@ -25,7 +25,7 @@ from gemsmode.ops.pointwise import convert, power_of_2
 from gemsmode.ops.promotion import ALL, FLOAT, INT, NUMERIC, TRITON, opmath, result_type
 from gemsmode.ops.reduction import merge_dims, offset_of, precise_div
 from gemsmode.ops.sort import Sorting, flat_rows, flattened, keys
-from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, contiguous_strides, stride
+from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, contiguous_strides, extent, stride
 from gemsmode.predicates import dtype, dtype_name
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
@@ -244,7 +244,7 @@ def _block(target: Target) -> int:
 
 
 def _step(step: int) -> int | Size:
-    return step if step == 1 else stride(step)  # type: ignore[return-value]
+    return step if step == 1 else stride(step)
 
 
 def _layout(meta: TensorMeta) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -284,7 +284,7 @@ def _search(call: Call, sequence: int, values: int, sorter: int | None) -> Plan:
     is_tensor = wanted.__class__ is TensorMeta
     if not is_tensor and wanted.__class__ is complex:
         raise Decline("a complex number")
-    shape = wanted.shape if is_tensor else ()
+    shape: tuple[int, ...] = wanted.shape if is_tensor else ()
     common = _promoted(seq, wanted)
     if seq.ndim == 0 or (seq.ndim > 1 and (not shape or shape[:-1] != seq.shape[:-1])):
         raise Decline("PyTorch rejects it: the sequence's leading dimensions are not the values'")
@@ -300,8 +300,10 @@ def _search(call: Call, sequence: int, values: int, sorter: int | None) -> Plan:
     metas = {Arg(sequence): seq}
     if is_tensor:
         metas[Arg(values)] = wanted
-    if order is not None:
-        metas[Arg(sorter)] = order  # type: ignore[arg-type]
+    sorters: tuple[Arg, ...] = ()
+    if sorter is not None and order is not None:
+        sorters = (Arg(sorter),)
+        metas[sorters[0]] = order
     moved = sum(m.numel * m.dtype.itemsize for m in metas.values()) + total * alloc.dtype.itemsize
     if total == 0:
         return Plan((alloc,), (), Out(0), metas, bytes=moved)
@@ -314,7 +316,7 @@ def _search(call: Call, sequence: int, values: int, sorter: int | None) -> Plan:
     launch = Launch(
         search_kernel, (-(-total // block), 1, 1),
         (Out(0), Arg(sequence), (Arg(values),) if is_tensor else (), 0 if is_tensor else _number(call, values, compute),
-         (Arg(sorter),) if order is not None else (), Size(total), Size(n), Size(shape[-1] if seq.ndim > 1 else total),
+         sorters, extent(total), Size(n), Size(shape[-1] if seq.ndim > 1 else total),
          Size(n.bit_length()), sizes, steps, tuple([Size(s) for s in rows.sizes[:-1]]), tuple([stride(s) for s in row_steps]),
          _step(seq.stride[-1]), tuple([stride(s) for s in order_steps]), _step(order.stride[-1] if order is not None else 1)),
         (("COMMON", TRITON[common]), ("COMPUTE", TRITON[compute]), ("RIGHT", right), ("WIDE", wide), ("BLOCK", block)),
@@ -354,7 +356,7 @@ def _isin(call: Call, values: int, tests: int) -> Plan:
     launches.append(Launch(
         isin_kernel, (-(-total // block), 1, 1),
         (Out(0), (Arg(values),) if x.__class__ is TensorMeta else (), 0 if x.__class__ is TensorMeta else _number(call, values, compute),
-         given, 0 if given else _number(call, tests, compute), Size(total), Size(n), Size(n.bit_length()), sizes, steps, *layout),
+         given, 0 if given else _number(call, tests, compute), extent(total), Size(n), Size(n.bit_length()), sizes, steps, *layout),
         (("COMMON", TRITON[common]), ("COMPUTE", TRITON[compute]), ("INVERT", invert), ("SORTED", ordered),
          ("WIDE", _wide(x, test)), ("BLOCK", block))))
     return Plan(tuple(allocs), tuple(launches), Out(0), metas, bytes=moved)
@@ -374,7 +376,7 @@ def _counts(call: Call, source: Any, x: TensorMeta, out: Any, bins: int, limits:
     weight_step = _flat_step(call.args[weights.index]) if weights is not None else 1
     launches = [Launch(
         count_kernel, (how.programs, 1, 1),
-        (counts, source, (weights,) if weights is not None else (), Size(n), _flat_step(x), weight_step, Size(bins), low, high,
+        (counts, source, (weights,) if weights is not None else (), extent(n), _flat_step(x), weight_step, Size(bins), low, high,
          Size(how.tiles), Size(how.copies)),
         (("COMPUTE", compute), ("BINS", max(power_of_2(bins), 2) if how.in_registers else 0), ("BLOCK", how.block)))]
     if weights is None:
@@ -450,7 +452,7 @@ def histc(call: Call) -> Plan:
     programs = -(-x.numel // (block * tiles))
     ends = Out(len(allocs))
     allocs.append(Alloc((2 * programs,), (1,), torch.int64))
-    launches.append(Launch(extremes_kernel, (programs, 1, 1), (ends, source, Size(x.numel), 1, Size(tiles)),
+    launches.append(Launch(extremes_kernel, (programs, 1, 1), (ends, source, extent(x.numel), 1, Size(tiles)),
                            (("FLOATS", True), ("BLOCK", block))))
 
     def then(values: list[int]) -> Plan:
@@ -482,7 +484,7 @@ def bincount(call: Call) -> Plan:
     result = torch.int64 if weights is None else torch.float32 if weights.dtype == torch.float32 else torch.float64
     metas = {Arg(0): x} if weights is None else {Arg(0): x, Arg(1): weights}
     how = choose_counting(x.numel, 1, False, call.target)
-    first = Launch(extremes_kernel, (how.programs, 1, 1), (Out(0), Arg(0), Size(x.numel), _flat_step(x), Size(how.tiles)),
+    first = Launch(extremes_kernel, (how.programs, 1, 1), (Out(0), Arg(0), extent(x.numel), _flat_step(x), Size(how.tiles)),
                    (("FLOATS", False), ("BLOCK", how.block)))
 
     def then(values: list[int]) -> Plan:

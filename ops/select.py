@@ -23,7 +23,7 @@ from gemsmode.ops.pointwise import power_of_2
 from gemsmode.ops.promotion import ALL, NUMERIC
 from gemsmode.ops.reduction import canonical_dims, offset_of, reduced_shape
 from gemsmode.ops.sort import Keys, Rows, Sorting, flat_rows, flattened, keys, rows_of, to_key
-from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides
+from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, extent
 from gemsmode.predicates import dtype
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
@@ -243,7 +243,7 @@ def _select(call: Call, dim: int | None, keepdim: bool, k: int, median: str | No
     else:
         launches.append(Launch(
             select_kernel, (rows.count, 1, 1),
-            (Out(0), indices, source, Size(rows.n), Size(rank), rows.sizes, rows.steps, rows.out_steps, rows.stride),
+            (Out(0), indices, source, extent(rows.n), Size(rank), rows.sizes, rows.steps, rows.out_steps, rows.stride),
             (("HOW", tuple(how)), ("MEDIAN", nan), ("BLOCK", chosen.block)), chosen.warps, 1))
     return Plan(tuple(allocs), tuple(launches), returns, {Arg(0): meta}, bytes=moved)
 

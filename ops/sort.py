@@ -158,6 +158,14 @@ def _partner(x, BIT: tl.constexpr):
 
 
 @triton.jit
+def _partners(item, BIT: tl.constexpr):
+    if len(item) == 1:
+        return (_partner(item[0], BIT),)
+    else:
+        return _partner(item[0], BIT), _partner(item[1], BIT)
+
+
+@triton.jit
 def _greater(a, b):
     if len(a) == 1:
         return a[0] > b[0]
@@ -170,10 +178,7 @@ def _exchange(item, descends, BIT: tl.constexpr):
     """Sort each pair of columns whose numbers differ in BIT, in the direction that ``descends`` gives."""
     N: tl.constexpr = item[0].shape[1]
     right = ((tl.arange(0, N) >> BIT) & 1)[None, :] != 0
-    if len(item) == 1:
-        other = (_partner(item[0], BIT),)
-    else:
-        other = (_partner(item[0], BIT), _partner(item[1], BIT))
+    other = _partners(item, BIT)
     take = _greater(item, other) != (right != descends)
     if len(item) == 1:
         return (tl.where(take, other[0], item[0]),)
@@ -203,7 +208,7 @@ def _least_halves(item, BIT: tl.constexpr):
         least = tl.min(tl.reshape(item[0], [A, N // (2 << BIT), 2, 1 << BIT]), axis=2)
         return (tl.reshape(least, [A, N // 2]),)
     else:
-        other = (_partner(item[0], BIT), _partner(item[1], BIT))
+        other = _partners(item, BIT)
         take = _greater(item, other)
         left = ((tl.arange(0, N) >> BIT) & 1)[None, :] == 0
         k = tl.where(left, tl.where(take, other[0], item[0]), 0).to(item[0].dtype)

@@ -22,7 +22,7 @@ from gemsmode.ops.promotion import ALL
 from gemsmode.ops.reduction import canonical_dims
 from gemsmode.ops.select import comparable
 from gemsmode.ops.sort import Sorting, flat_rows, flattened, keys
-from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides
+from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, extent
 from gemsmode.predicates import dtype
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta, parameters
@@ -130,7 +130,7 @@ def _unique(call: Call, ordered: bool, inverse: bool, counts: bool | None, inver
     tiles = -(-n // block)
     starts, total = Out(len(allocs)), Out(len(allocs) + 1)
     allocs += [_empty((tiles,)), _empty((1,))]
-    launches.append(Launch(count_kernel, (tiles, 1, 1), (starts, source, Size(n)), (("BLOCK", block),)))
+    launches.append(Launch(count_kernel, (tiles, 1, 1), (starts, source, extent(n)), (("BLOCK", block),)))
     launches.append(Launch(starts_kernel, (1, 1, 1), (total, starts, Size(tiles)), (("BLOCK", _block(tiles, call.target)),), 4, 1))
 
     def then(read: list[int]) -> Plan:
@@ -151,7 +151,7 @@ def _unique(call: Call, ordered: bool, inverse: bool, counts: bool | None, inver
             made.append(_empty((read[0],)))
         steps = [Launch(write_kernel, (tiles, 1, 1),
                         (Out(0), (Out(1),) if inverse else (), begins, earlier(source), tuple([earlier(o) for o in order]), earlier(starts),
-                         Size(n)), (("BLOCK", block),))]
+                         extent(n)), (("BLOCK", block),))]
         if counts:
             steps.append(Launch(lengths_kernel, (-(-read[0] // block), 1, 1), (Out(2), *begins, Size(read[0]), Size(n)),
                                 (("BLOCK", block),)))

@@ -186,15 +186,12 @@ def test_bincount(d: torch.dtype) -> None:
     check(torch.bincount, whole((5000,), 100, d) * (1 if d in (torch.uint8, torch.int8) else 300))
 
 
-def test_weights_are_left_to_pytorch_where_sums_must_repeat() -> None:
+def test_weights_are_left_to_pytorch_where_sums_must_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     x = whole((100,), 10)
     op = find_op("aten.bincount.default")
-    torch.use_deterministic_algorithms(True)
-    try:
-        decided = Policy(registry.default).handler(op).lookup((x, x.float(), 0)).decision
-        counted = Policy(registry.default).handler(op).lookup((x, None, 0)).decision
-    finally:
-        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    decided = Policy(registry.default).handler(op).lookup((x, x.float(), 0)).decision
+    counted = Policy(registry.default).handler(op).lookup((x, None, 0)).decision
     assert decided.kind == "pass" and "deterministic" in (decided.reason or "") and counted.kind == "rule"
 
 
