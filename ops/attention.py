@@ -57,6 +57,25 @@ def _load(p, rows, columns, row_stride, m_rows, m_columns, MASK_ROWS: tl.constex
 
 
 @triton.jit
+def _source(p, rows, columns, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """What :func:`_fetch` reads blocks of ROWS rows of a matrix from: a tensor descriptor if TMA, else the pointer."""
+    if TMA:
+        return tl.make_tensor_descriptor(p, [rows, columns], [row_stride, 1], [ROWS, COLUMNS])
+    else:
+        return p
+
+
+@triton.jit
+def _fetch(source, start, rows, columns, row_stride, m_rows, m_columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
+           TMA: tl.constexpr):
+    """The rows from `start` on; zeros outside (with TMA whatever the masks say)."""
+    if TMA:
+        return source.load([start, 0])
+    else:
+        return _load(source + tl.cast(start, tl.int64) * row_stride, rows, columns, row_stride, m_rows, m_columns, MASK_ROWS, MASK_COLUMNS)
+
+
+@triton.jit
 def _store(p, values, rows, columns, row_stride, m_rows, m_columns, MASK_COLUMNS: tl.constexpr):
     pointers = p + rows[:, None] * row_stride + columns[None, :]
     if MASK_COLUMNS:
@@ -66,20 +85,44 @@ def _store(p, values, rows, columns, row_stride, m_rows, m_columns, MASK_COLUMNS
 
 
 @triton.jit
-def _biased(s, p_bias, bias_strides, o_m, o_n, m_m, m_n, scale):
-    """Scores in base 2 with the bias added: s [M, N], the bias by its strides over M and N."""
-    o_bias = o_m[:, None].to(tl.int64) * bias_strides[2] + o_n[None, :].to(tl.int64) * bias_strides[3]
-    b = tl.load(p_bias + o_bias, mask=m_m[:, None] & m_n[None, :], other=0.0)
-    return s * scale + b.to(tl.float32) * LOG2E
+def _bias_source(bias, p_none, strides, i_b, i_h, m_size, n_size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr,
+                 TMA: tl.constexpr):
+    """What :func:`_bias` reads one head's bias from; without a bias p_none, which is not read."""
+    if len(bias) == 1:
+        p = bias[0] + i_b * strides[0] + i_h * strides[1]
+        if TMA and not ROW:
+            return tl.make_tensor_descriptor(p, [m_size, n_size], [strides[2], 1], [ROWS, COLUMNS])
+        else:
+            return p
+    else:
+        return p_none
+
+
+@triton.jit
+def _bias(source, strides, first_m, first_n, m_size, n_size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr,
+          TMA: tl.constexpr):
+    """A block of the bias in base 2, [ROWS, COLUMNS]; [1, COLUMNS] if ROW, when it is the same for all queries."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    if ROW:
+        b = tl.load(source + (first_n + columns) * strides[3], mask=first_n + columns < n_size, other=0.0)[None, :]
+    elif TMA:
+        b = source.load([first_m, first_n])
+    else:
+        p = source + tl.cast(first_m, tl.int64) * strides[2] + tl.cast(first_n, tl.int64) * strides[3]
+        inside = (first_m + rows < m_size)[:, None] & (first_n + columns < n_size)[None, :]
+        b = tl.load(p + rows[:, None] * strides[2] + columns[None, :] * strides[3], mask=inside, other=0.0)
+    return b.to(tl.float32) * LOG2E
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _over_keys(acc, top, total, q, p_k, p_v, bias, p_bias, bias_strides, k_row, v_row, first, last, n_end, o_m, m_m, d_size, v_size,
-               shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
-               MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_row, v_row, first, last, n_end, o_m, first_m, m_size,
+               d_size, v_size, shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
+               MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+               BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
     """The keys from `first` to `last` taken into acc [M, V] and the maximum and sum of each row. MASKED: not all of them count."""
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
@@ -87,11 +130,10 @@ def _over_keys(acc, top, total, q, p_k, p_v, bias, p_bias, bias_strides, k_row, 
     for start in range(first, last, BLOCK_N):
         o_n = start + rows
         m_n = o_n < n_end
-        at = tl.cast(start, tl.int64)
-        k = _load(p_k + at * k_row, rows, o_d, k_row, m_n, o_d < d_size, MASKED, MASK_D)  # [BLOCK_N, BLOCK_D]
+        k = _fetch(keys, start, rows, o_d, k_row, m_n, o_d < d_size, MASKED, MASK_D, TMA)  # [BLOCK_N, BLOCK_D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if len(bias) == 1:
-            s = _biased(s, p_bias, bias_strides, o_m, o_n, m_m, m_n, scale)
+            s = s * scale + _bias(biases, bias_strides, first_m, start, m_size, n_end, q.shape[0], BLOCK_N, BIAS_ROW, TMA)
         elif MASKED:
             s = s * scale
         if MASKED:
@@ -112,7 +154,7 @@ def _over_keys(acc, top, total, q, p_k, p_v, bias, p_bias, bias_strides, k_row, 
             p = tl.exp2(s * scale - safe[:, None])
         rescale = tl.exp2(top - safe)
         total = total * rescale + tl.sum(p, 1)
-        v = _load(p_v + at * v_row, rows, o_v, v_row, m_n, o_v < v_size, MASKED, MASK_V)  # [BLOCK_N, BLOCK_V]
+        v = _fetch(values, start, rows, o_v, v_row, m_n, o_v < v_size, MASKED, MASK_V, TMA)  # [BLOCK_N, BLOCK_V]
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         top = new_top
     return acc, top, total
@@ -122,7 +164,8 @@ def _over_keys(acc, top, total, q, p_k, p_v, bias, p_bias, bias_strides, k_row, 
 def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size, d_size, v_size, lse_rows, split_size, shift, scale,
                    q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, CAUSAL: tl.constexpr, SAFE: tl.constexpr,
                    EMPTY: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr,
+                   TMA: tl.constexpr):
     """One block of queries of one head against one split of the keys. Grid: (query blocks of all heads, splits).
 
     Strides are over batch, head, row (bias_strides: batch, head, row, key); the last of out_strides and lse_strides is
@@ -143,10 +186,6 @@ def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size
     p_k += i_b * k_strides[0] + i_g * k_strides[1]
     p_v += i_b * v_strides[0] + i_g * v_strides[1]
     p_out += i_b * out_strides[0] + i_h * out_strides[1] + row * out_strides[2] + i_split * out_strides[3]
-    if len(bias) == 1:
-        p_bias = bias[0] + i_b * bias_strides[0] + i_h * bias_strides[1]
-    else:
-        p_bias = p_q
     rows = tl.arange(0, BLOCK_M)
     o_m = i_m * BLOCK_M + rows
     o_d = tl.arange(0, BLOCK_D)
@@ -165,12 +204,15 @@ def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size
         last = tl.minimum(n_end, tl.maximum((i_m + 1) * BLOCK_M + shift, 0))
         whole = tl.minimum(n_end, tl.maximum(i_m * BLOCK_M + shift + 1, 0))
     whole = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
-    acc, top, total = _over_keys(acc, top, total, q, p_k, p_v, bias, p_bias, bias_strides, k_strides[2], v_strides[2], first, whole, n_end,
-                                 o_m, m_m, d_size, v_size, shift, scale2, CAUSAL, False, SAFE, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D,
-                                 BLOCK_V)
-    acc, top, total = _over_keys(acc, top, total, q, p_k, p_v, bias, p_bias, bias_strides, k_strides[2], v_strides[2], whole, last, n_end,
-                                 o_m, m_m, d_size, v_size, shift, scale2, CAUSAL, True, SAFE, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D,
-                                 BLOCK_V)
+    keys = _source(p_k, n_size, d_size, k_strides[2], BLOCK_N, BLOCK_D, TMA)
+    values = _source(p_v, n_size, v_size, v_strides[2], BLOCK_N, BLOCK_V, TMA)
+    biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
+    acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], first, whole,
+                                 n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, False, SAFE, PRECISION, MASK_D,
+                                 MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
+    acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], whole, last,
+                                 n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, True, SAFE, PRECISION, MASK_D,
+                                 MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
     if SAFE:
         empty = total == 0
         total = tl.where(empty, 1.0, total)
@@ -239,9 +281,10 @@ def delta_kernel(p_grad, p_out, p_delta, heads, m_size, v_size, grad_strides, ou
 
 
 @triton.jit
-def _over_queries(dk, dv, k, v, p_q, p_grad, p_lse, p_delta, bias, p_bias, bias_strides, q_row, grad_row, lse_row, first, last, o_n, m_n,
-                  m_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr,
-                  MASK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def _over_queries(dk, dv, k, v, queries, grads, p_lse, p_delta, bias, biases, bias_strides, q_row, grad_row, lse_row, first, last, o_n, first_n,
+                  m_size, n_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr,
+                  MASK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr,
+                  TMA: tl.constexpr):
     """The queries from `first` to `last` taken into dk [N, D] and dv [N, V].
 
     Scores are held transposed, [N, M], so that they are left operands as they are. Rows after the last query are zeros,
@@ -255,18 +298,18 @@ def _over_queries(dk, dv, k, v, p_q, p_grad, p_lse, p_delta, bias, p_bias, bias_
         o_m = start + rows
         m_m = o_m < m_size
         at = tl.cast(start, tl.int64)
-        q = _load(p_q + at * q_row, rows, o_d, q_row, m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
+        q = _fetch(queries, start, rows, o_d, q_row, m_m, o_d < d_size, True, MASK_D, TMA)  # [BLOCK_M, BLOCK_D]
         sums = tl.load(p_lse + at * lse_row + rows * lse_row, mask=m_m, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if len(bias) == 1:
-            swapped = (bias_strides[0], bias_strides[1], bias_strides[3], bias_strides[2])
-            s = _biased(s, p_bias, swapped, o_n, o_m, m_n, m_m, scale)
+            b = _bias(biases, bias_strides, start, first_n, m_size, n_size, BLOCK_M, k.shape[0], BIAS_ROW, TMA)
+            s = s * scale + tl.trans(b)
             p = tl.where(s == float("-inf"), 0.0, tl.exp2(s - (sums * LOG2E)[None, :]))
         else:
             p = tl.exp2(s * scale - (sums * LOG2E)[None, :])
         if CAUSAL:
             p = tl.where(o_n[:, None] <= o_m[None, :] + shift, p, 0.0)
-        grad = _load(p_grad + at * grad_row, rows, o_v, grad_row, m_m, o_v < v_size, True, MASK_V)  # [BLOCK_M, BLOCK_V]
+        grad = _fetch(grads, start, rows, o_v, grad_row, m_m, o_v < v_size, True, MASK_V, TMA)  # [BLOCK_M, BLOCK_V]
         delta = tl.load(p_delta + start + rows, mask=m_m, other=0.0)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -279,7 +322,8 @@ def _over_queries(dk, dv, k, v, p_q, p_grad, p_lse, p_delta, bias, p_bias, bias_
 def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_dv, heads, group, m_size, n_size, d_size, v_size, shift,
                           scale, q_strides, k_strides, v_strides, bias_strides, grad_strides, lse_strides, dk_strides, dv_strides,
                           CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
-                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                          BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
     """The gradients of one block of keys and values, from all queries of the heads that use them. Grid: (key blocks of all key heads)."""
     blocks = tl.cdiv(n_size, BLOCK_N)
     i_bg = tl.program_id(0) // blocks
@@ -308,13 +352,12 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
         p_grad_head = p_grad + i_b * grad_strides[0] + i_h * grad_strides[1]
         p_lse_head = p_lse + i_b * lse_strides[0] + i_h * lse_strides[1]
         p_delta_head = p_delta + (i_b * heads + i_h) * m_size
-        if len(bias) == 1:
-            p_bias = bias[0] + i_b * bias_strides[0] + i_h * bias_strides[1]
-        else:
-            p_bias = p_q_head
-        dk, dv = _over_queries(dk, dv, k, v, p_q_head, p_grad_head, p_lse_head, p_delta_head, bias, p_bias, bias_strides, q_strides[2],
-                               grad_strides[2], lse_strides[2], first, m_size, o_n, m_n, m_size, d_size, v_size, shift, scale * LOG2E,
-                               CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V)
+        queries = _source(p_q_head, m_size, d_size, q_strides[2], BLOCK_M, BLOCK_D, TMA)
+        grads = _source(p_grad_head, m_size, v_size, grad_strides[2], BLOCK_M, BLOCK_V, TMA)
+        biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
+        dk, dv = _over_queries(dk, dv, k, v, queries, grads, p_lse_head, p_delta_head, bias, biases, bias_strides, q_strides[2],
+                               grad_strides[2], lse_strides[2], first, m_size, o_n, i_n * BLOCK_N, m_size, n_size, d_size, v_size, shift,
+                               scale * LOG2E, CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
     p_dk += i_b * dk_strides[0] + i_g * dk_strides[1] + row * dk_strides[2]
     p_dv += i_b * dv_strides[0] + i_g * dv_strides[1] + row * dv_strides[2]
     _store(p_dk, dk * scale, rows, o_d, dk_strides[2], m_n, o_d < d_size, MASK_D)
@@ -322,10 +365,10 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
 
 
 @triton.jit
-def _grad_over_keys(dq, q, grad, sums, delta, p_k, p_v, bias, p_bias, bias_strides, dbias, p_dbias, dbias_strides, k_row, v_row, first,
-                    last, n_size, o_m, m_m, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+def _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides, k_row, v_row, first,
+                    last, n_size, o_m, first_m, m_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
                     PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_V: tl.constexpr):
+                    BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
     """The keys from `first` to `last` taken into dq [M, D]; sums [M] is the lse in base 2."""
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
@@ -333,11 +376,10 @@ def _grad_over_keys(dq, q, grad, sums, delta, p_k, p_v, bias, p_bias, bias_strid
     for start in range(first, last, BLOCK_N):
         o_n = start + rows
         m_n = o_n < n_size
-        at = tl.cast(start, tl.int64)
-        k = _load(p_k + at * k_row, rows, o_d, k_row, m_n, o_d < d_size, MASKED, MASK_D)  # [BLOCK_N, BLOCK_D]
+        k = _fetch(keys, start, rows, o_d, k_row, m_n, o_d < d_size, MASKED, MASK_D, TMA)  # [BLOCK_N, BLOCK_D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if len(bias) == 1:
-            s = _biased(s, p_bias, bias_strides, o_m, o_n, m_m, m_n, scale)
+            s = s * scale + _bias(biases, bias_strides, first_m, start, m_size, n_size, q.shape[0], BLOCK_N, BIAS_ROW, TMA)
             p = tl.where(s == float("-inf"), 0.0, tl.exp2(s - sums[:, None]))
         else:
             p = tl.exp2(s * scale - sums[:, None])
@@ -346,12 +388,12 @@ def _grad_over_keys(dq, q, grad, sums, delta, p_k, p_v, bias, p_bias, bias_strid
             if CAUSAL:
                 counts = counts & (o_n[None, :] <= o_m[:, None] + shift)
             p = tl.where(counts, p, 0.0)
-        v = _load(p_v + at * v_row, rows, o_v, v_row, m_n, o_v < v_size, MASKED, MASK_V)  # [BLOCK_N, BLOCK_V]
+        v = _fetch(values, start, rows, o_v, v_row, m_n, o_v < v_size, MASKED, MASK_V, TMA)  # [BLOCK_N, BLOCK_V]
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if len(dbias) == 1:
-            o_dbias = o_m[:, None].to(tl.int64) * dbias_strides[2] + o_n[None, :]
-            tl.store(p_dbias + o_dbias, ds.to(p_dbias.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+            o_dbias = tl.arange(0, o_m.shape[0])[:, None] * dbias_strides[2] + rows[None, :]
+            tl.store(p_dbias + start + o_dbias, ds.to(p_dbias.dtype.element_ty), mask=(o_m < m_size)[:, None] & m_n[None, :])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -360,7 +402,8 @@ def _grad_over_keys(dq, q, grad, sums, delta, p_k, p_v, bias, p_bias, bias_strid
 def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, heads, group, m_size, n_size, d_size, v_size, shift, scale,
                       q_strides, k_strides, v_strides, bias_strides, grad_strides, lse_strides, dq_strides, dbias_strides,
                       CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr,
+                      TMA: tl.constexpr):
     """The gradient of one block of queries, and of the bias if `dbias` is a pointer. Grid: (query blocks of all heads)."""
     blocks = tl.cdiv(m_size, BLOCK_M)
     i_bh = tl.program_id(0) // blocks
@@ -376,12 +419,9 @@ def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, 
     p_q += i_b * q_strides[0] + i_h * q_strides[1] + row * q_strides[2]
     p_grad += i_b * grad_strides[0] + i_h * grad_strides[1] + row * grad_strides[2]
     p_lse += i_b * lse_strides[0] + i_h * lse_strides[1] + row * lse_strides[2]
-    p_bias = p_q
     p_dbias = p_dq
-    if len(bias) == 1:
-        p_bias = bias[0] + i_b * bias_strides[0] + i_h * bias_strides[1]
     if len(dbias) == 1:
-        p_dbias = dbias[0] + i_b * dbias_strides[0] + i_h * dbias_strides[1]
+        p_dbias = dbias[0] + i_b * dbias_strides[0] + i_h * dbias_strides[1] + row * dbias_strides[2]
     rows = tl.arange(0, BLOCK_M)
     o_m = i_m * BLOCK_M + rows
     o_d = tl.arange(0, BLOCK_D)
@@ -401,12 +441,15 @@ def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, 
     whole = whole // BLOCK_N * BLOCK_N
     if len(dbias) == 1:
         last = n_size  # the bias of keys that do not count has a gradient of 0, which is to be written
-    dq = _grad_over_keys(dq, q, grad, sums, delta, p_k, p_v, bias, p_bias, bias_strides, dbias, p_dbias, dbias_strides, k_strides[2],
-                         v_strides[2], 0, whole, n_size, o_m, m_m, d_size, v_size, shift, scale2, CAUSAL, False, PRECISION, MASK_D, MASK_V,
-                         BLOCK_N, BLOCK_D, BLOCK_V)
-    dq = _grad_over_keys(dq, q, grad, sums, delta, p_k, p_v, bias, p_bias, bias_strides, dbias, p_dbias, dbias_strides, k_strides[2],
-                         v_strides[2], whole, last, n_size, o_m, m_m, d_size, v_size, shift, scale2, CAUSAL, True, PRECISION, MASK_D, MASK_V,
-                         BLOCK_N, BLOCK_D, BLOCK_V)
+    keys = _source(p_k, n_size, d_size, k_strides[2], BLOCK_N, BLOCK_D, TMA)
+    values = _source(p_v, n_size, v_size, v_strides[2], BLOCK_N, BLOCK_V, TMA)
+    biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
+    dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides, k_strides[2],
+                         v_strides[2], 0, whole, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, False,
+                         PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
+    dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides, k_strides[2],
+                         v_strides[2], whole, last, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, True,
+                         PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
     p_dq += i_b * dq_strides[0] + i_h * dq_strides[1] + row * dq_strides[2]
     _store(p_dq, dq * scale, rows, o_d, dq_strides[2], m_m, o_d < d_size, MASK_D)
 
@@ -429,6 +472,8 @@ Ladder = Sequence[tuple[int, Blocks]]
 # By (largest padded head dimension, blocks), for 16-bit inputs: the largest that compile without spills for sm_90. A
 # program of 128 queries has two warp groups of 64 rows; two programs share a multiprocessor up to a head dimension of 64.
 FORWARD: Ladder = ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 3)), (256, Blocks(128, 32, 8, 2)))
+FORWARD_TMA: Ladder = ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 128, 8, 2)), (256, Blocks(128, 64, 8, 2)))
+"""Tensor descriptors leave registers for more keys at a time."""
 FORWARD_FEW: Ladder = ((128, Blocks(64, 64, 4, 3)), (256, Blocks(64, 32, 8, 2)))
 """For at most 64 queries."""
 DECODE: Ladder = ((128, Blocks(16, 64, 4, 3)), (256, Blocks(16, 32, 4, 3)))
@@ -438,14 +483,14 @@ GRAD_QUERY: Ladder = ((64, Blocks(128, 64, 8, 2)), (128, Blocks(128, 64, 8, 2)),
 
 # The same for float32, whose products are computed without tensor cores: sums take a register each.
 FORWARD_FLOAT: Ladder = ((32, Blocks(64, 32, 4, 2)), (64, Blocks(64, 32, 8, 2)), (128, Blocks(32, 32, 8, 1)), (256, Blocks(16, 16, 8, 1)))
-BACKWARD_FLOAT: Ladder = ((32, Blocks(32, 32, 4, 1)), (64, Blocks(32, 32, 8, 1)), (128, Blocks(16, 16, 8, 1)), (256, Blocks(16, 16, 16, 1)))
+BACKWARD_FLOAT: Ladder = ((32, Blocks(32, 32, 4, 1)), (64, Blocks(32, 32, 8, 1)), (256, Blocks(16, 16, 8, 1)))
 
 
 def _rung(ladder: Ladder, d: int) -> Blocks:
     return next(blocks for limit, blocks in ladder if d <= limit)
 
 
-def choose_blocks(kind: str, d: int, m: int, itemsize: int, target: Target) -> Blocks:
+def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: bool, target: Target) -> Blocks:
     """The blocks of ``kind`` (``forward``, ``key_value`` or ``query``) for ``m`` queries and padded head dimension ``d``."""
     if target.interpreted:
         queries = max(min(power_of_2(m), 128), 16)
@@ -454,12 +499,16 @@ def choose_blocks(kind: str, d: int, m: int, itemsize: int, target: Target) -> B
         blocks = _rung(FORWARD_FLOAT if kind == "forward" else BACKWARD_FLOAT, d)
         return Blocks(16, blocks.n, blocks.warps, blocks.stages) if kind == "forward" and m <= 16 else blocks
     if kind == "forward":
-        blocks = _rung(DECODE if m <= 16 else FORWARD_FEW if m <= 64 else FORWARD, d)
+        blocks = _rung(DECODE if m <= 16 else FORWARD_FEW if m <= 64 else FORWARD_TMA if tma else FORWARD, d)
     else:
         blocks = _rung(GRAD_KEY_VALUE if kind == "key_value" else GRAD_QUERY, d)
     if target.backend == "hip" or not target.has_wgmma:
         # Operands of the tensor cores are held in registers there, so that blocks for two warp groups do not fit.
         blocks = Blocks(min(blocks.m, 64), min(blocks.n, 64 if kind == "key_value" else 32), blocks.warps if d > 64 else 4, 1 if d > 128 else 2)
+    if biased and not tma and m > 16:  # pointers to a block of the bias take two registers each
+        blocks = Blocks(min(blocks.m, 32 if kind == "key_value" else 64), min(blocks.n, 32), 8 if d > 64 else 4, min(blocks.stages, 2))
+    elif biased and d > 64 and kind != "key_value":
+        blocks = Blocks(blocks.m, max(blocks.n // 2, 16), blocks.warps, blocks.stages)
     held, step = (blocks.n, blocks.m) if kind == "key_value" else (blocks.m, blocks.n)
     held_rows = held if kind == "forward" else 2 * held  # the queries; or keys and values, or queries and gradients
     stages = blocks.stages
@@ -520,8 +569,16 @@ class Attention(NamedTuple):
         return batch, heads, m, self.k.meta.shape[2], d, self.v.meta.shape[3]
 
     @property
+    def bias_is_row(self) -> bool:
+        """Whether the bias is the same for all queries."""
+        return self.bias is not None and (self.bias.meta.stride[2] == 0 or self.sizes[2] == 1)
+
+    @property
     def bias_arguments(self) -> tuple[tuple[Arg, ...], tuple[Any, ...]]:
-        return ((), ()) if self.bias is None else ((self.bias.ref,), tuple(stride(s) for s in self.bias.meta.stride))
+        if self.bias is None:
+            return (), ()
+        *outer, last = self.bias.meta.stride
+        return (self.bias.ref,), (*[stride(s) for s in outer], 1 if last == 1 else stride(last))
 
 
 _OPTIONS: dict[str, Any] = {"family": "attention", "by_value": ("dropout_p", "scale"), "state": (float32_precision,)}
@@ -618,6 +675,24 @@ def _grouped(a: Attention, rows_of: Sequence[tuple[int, ...]]) -> tuple[Attentio
     return a._replace(q=q, bias=bias), [rearranged(s) for s in rows_of]
 
 
+IN_INTERPRETER = False
+"""Whether the interpreter reads through tensor descriptors: for tests."""
+
+
+def _described(a: Attention, target: Target, *read: Operand) -> bool:
+    """Whether the blocks of ``read`` that loops go over are read through tensor descriptors (TMA)."""
+    if target.interpreted:
+        if not IN_INTERPRETER:
+            return False
+    elif not (target.has_tma and target.has_wgmma and a.q.meta.dtype.itemsize == 2 and a.sizes[2] > 16):
+        return False
+    if a.bias is not None and not a.bias_is_row:
+        read = (*read, a.bias)
+        if a.bias.meta.stride[3] != 1:
+            return False
+    return all(s * x.meta.dtype.itemsize % 16 == 0 for x in read for s in x.meta.stride[:3]) and min(a.sizes[4:]) % 8 == 0
+
+
 def _precision(a: Attention) -> str:
     return "tf32" if a.q.meta.dtype == torch.float32 and float32_precision() == "tf32" else "ieee"
 
@@ -645,7 +720,8 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
     rows = max(m, lse_rows)
     head = _head_constants(d, value_d)
     block_d = max(dict(head)["BLOCK_D"], dict(head)["BLOCK_V"])
-    blocks = choose_blocks("forward", block_d, m, a.q.meta.dtype.itemsize, call.target)
+    tma = _described(a, call.target, a.k, a.v)
+    blocks = choose_blocks("forward", block_d, m, a.q.meta.dtype.itemsize, tma, a.bias is not None, call.target)
     programs = -(-rows // blocks.m) * batch * heads
     splits = choose_splits(programs, n, call.target) if m <= 16 else 1
     split_size = -(-n // splits)
@@ -667,7 +743,7 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
         written, sums, written_rows = Out(len(allocs) - 2), (Out(len(allocs) - 1),), 0
         out_steps = (*[stride(s * value_d) for s in (heads * m * splits, m * splits, splits)], stride(value_d))
         lse_steps = (*[Size(s) for s in (heads * m * splits, m * splits, splits)], 1)
-    constants = Constants((("CAUSAL", a.causal), ("SAFE", a.bias is not None or (a.causal and (a.shift < 0 or splits > 1))),
+    constants = Constants((("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("SAFE", a.bias is not None or (a.causal and (a.shift < 0 or splits > 1))),
                            ("EMPTY", empty if splits == 1 else float("-inf")), ("PRECISION", _precision(a)), *head,
                            ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n)))
     launches = [Launch(forward_kernel, (programs, splits, 1),
@@ -680,7 +756,7 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
                                 Size(lse_rows), Size(splits), *final),
                                Constants((("EMPTY", empty), ("BLOCK_S", power_of_2(splits)), ("BLOCK_V", dict(head)["BLOCK_V"])))))
     return Plan(allocs, tuple(launches), (Out(0), Out(1) if lse is not None else None), a.metas,
-                bytes=moved * a.q.meta.dtype.itemsize, flops=flops)
+                bytes=moved * a.q.meta.dtype.itemsize, flops=flops, aligned=tma)
 
 
 def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[Alloc], steps: Sequence[Sequence[int]],
@@ -700,6 +776,8 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
     lse: TensorMeta = call["logsumexp"]
     if lse.dtype != torch.float32 or lse.shape[:2] != (batch, heads) or lse.ndim < 3 or lse.shape[2] < m:
         raise Decline(f"a log-sum-exp that is {lse}")
+    if max(d, value_d) > 128 and a.q.meta.dtype.itemsize == 4 and not call.target.interpreted:
+        raise Decline(f"float32 gradients of head dimensions {d} and {value_d}: more than the registers hold")
     group = heads // a.k.meta.shape[1]
     refs = {name: Arg(_index(call, name)) for name in ("out", "logsumexp", grad_name)}
     metas = a.metas | {ref: call.args[ref.index] for ref in refs.values()}
@@ -707,9 +785,10 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
     head = _head_constants(d, value_d)
     block_d = max(dict(head)["BLOCK_D"], dict(head)["BLOCK_V"])
     itemsize = a.q.meta.dtype.itemsize
-    for_keys = choose_blocks("key_value", block_d, m, itemsize, call.target)
-    for_queries = choose_blocks("query", block_d, m, itemsize, call.target)
-    common = (("CAUSAL", a.causal), ("PRECISION", _precision(a)), *head)
+    tma = _described(a, call.target, a.q, a.k, a.v, grad)
+    for_keys = choose_blocks("key_value", block_d, m, itemsize, tma, a.bias is not None, call.target)
+    for_queries = choose_blocks("query", block_d, m, itemsize, tma, a.bias is not None, call.target)
+    common = (("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("PRECISION", _precision(a)), *head)
     delta = Out(len(allocs) + (grad_bias is not None))
     sizes = (Size(heads), Size(group), Size(m), Size(n), extent(d), extent(value_d), Size(a.shift), a.scale)
     lse_steps = tuple(stride(s) for s in lse.stride[:3])
@@ -736,7 +815,7 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
     moved = sum(meta.numel for meta in metas.values()) + a.q.meta.numel + a.k.meta.numel + a.v.meta.numel
     flops = batch * heads * m * n * (6 * d + 4 * value_d) // (2 if a.causal else 1)
     made = (*allocs, rows) if grad_bias is None else (*allocs, grad_bias, rows)
-    return Plan(made, launches, (Out(0), Out(1), Out(2)), metas, bytes=moved * itemsize, flops=flops)
+    return Plan(made, launches, (Out(0), Out(1), Out(2)), metas, bytes=moved * itemsize, flops=flops, aligned=tma)
 
 
 # -- layouts of results ------------------------------------------------------------------------------------------------
