@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import gc
+import html
 import io
 import json
 import re
+import shutil
+import subprocess
 import threading
 import time
 import tracemalloc
@@ -24,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gemsmode
 from gemsmode import GemsMode, Registry, demo, rule
-from gemsmode.handlers import Decision
+from gemsmode import registry as registry_module
+from gemsmode.handlers import Decision, Policy
+from gemsmode.signature import describe
 from gemsmode.target import INTERPRETER
 from gemsmode.tracing import Gathered, NotAReportError, Record, Recorder, Report, gather, merge
 from gemsmode.tracing import recorder as recorder_module
@@ -155,6 +160,33 @@ def test_views_and_allocations_are_kept_apart() -> None:
     assert decisions["aten.t.default"] == decisions["aten.empty.memory_format"] == decisions["aten.detach.default"] == "view"
     assert decisions["aten.exp.default"] == "pass"
     assert sum(r.calls for r in mode.report.compute) == 2  # ones and exp
+
+
+def test_numbers_on_the_host_are_no_hole_in_the_coverage() -> None:
+    gpu = gemsmode.target.Target("cuda", "cuda", 90, present=False)
+    step, row = torch.ones(()), torch.ones(3)
+    recorder, passed = Recorder(gpu), Decision("pass", None, "no rule")
+    for op, args in ((torch.ops.aten.exp.default, (step,)), (torch.ops.aten.exp.default, (row,)),
+                     (torch.ops.aten._foreach_add_.Scalar, ([step, step], 1)), (torch.ops.aten._foreach_add_.List, ([step], [row]))):
+        recorder.end(recorder.begin(op, passed), op, passed, args)
+    report = recorder.report()
+    assert [(r.overload, r.decision) for r in report.records] == [
+        ("aten.exp.default", "host"), ("aten.exp.default", "pass"), ("aten._foreach_add_.Scalar", "host"),
+        ("aten._foreach_add_.List", "pass")]
+    assert sum(r.calls for r in report.compute) == 2
+    assert "Numbers on the host: 2 calls" in str(report) and "0-dim CPU tensors alone" in report.to_csv()
+    gemsmode.load_ops()
+    policy = Policy(registry_module.default, target=gpu)
+    kinds = [policy.handler(op).decide(tuple(describe(a) for a in args), bind=False).decision.kind for op, args in (
+        (torch.ops.aten._foreach_add_.Scalar, ([step, step], 1)), (torch.ops.aten.exp.default, (row,)))]
+    assert kinds == ["host", "pass"]
+
+
+def test_communication_is_counted_apart() -> None:
+    record = Record("_c10d_functional.all_reduce.default", "comm", None, "communication between processes", calls=2, host_s=0.5)
+    report = Report((*RECORDS, record), ENVIRONMENT)
+    assert report.coverage == REPORT.coverage and report.calls == REPORT.calls + 2
+    assert "Communication between processes: 2 calls, 500 ms of host time, not in the figures above" in str(report)
 
 
 def test_coverage_is_of_compute() -> None:
@@ -626,6 +658,33 @@ def test_html_is_self_contained() -> None:
     data = embedded(page, "data")
     assert sum(row["calls"] for row in data["overloads"]) == 21
     assert sum(leaf[5] for leaf in data["leaves"]) == 14
+
+
+_CLICKS = """<script>{
+const row = () => document.querySelector("tbody td").textContent, rows = () => document.querySelectorAll("tbody tr").length;
+const press = text => [...document.querySelectorAll("nav button")].find(b => b.textContent === text).click();
+const head = text => [...document.querySelectorAll("th")].find(t => t.textContent.startsWith(text)).click();
+const seen = [document.querySelectorAll("#map div").length > 5, rows(), row()];
+head("overload"); seen.push(row());
+const field = document.querySelector("input"); field.value = "pass mm"; field.oninput(); seen.push(rows());
+field.value = ""; field.oninput(); press("By module"); seen.push(rows());
+press("What to write next"); seen.push(rows(), row());
+document.title = JSON.stringify(seen);
+}</script>"""
+
+
+def test_the_page_in_a_browser(tmp_path: Any, request: pytest.FixtureRequest) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None or not request.config.getoption("--full"):
+        pytest.skip("needs chromium, and --full")
+    page = tmp_path / "report.html"
+    page.write_text(REPORT.to_html().replace("</body>", _CLICKS + "</body>"))
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr
+    assert json.loads(html.unescape(title[1])) == [
+        True, 5, "aten.mm.default", "aten.add.Tensor", 1, 6, 3, "aten.mm.default"]
 
 
 def test_a_notebook_shows_a_report_without_scripts() -> None:
