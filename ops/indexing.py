@@ -425,11 +425,13 @@ def given_indices(x: TensorMeta, indices: Sequence[Any], first: int) -> list[Giv
 
 
 class Advanced(NamedTuple):
-    """Indexing with tensors: the result's shape, the strides of x over it (0 along what the indices choose), the indices."""
+    """Indexing with tensors: the result's shape, the strides of x over it (0 along what the indices choose), the indices, and
+    which dimensions of the result are theirs."""
 
     shape: tuple[int, ...]
     own: tuple[int, ...]
     refs: list[Chosen]
+    theirs: range
 
 
 def advanced(x: TensorMeta, given: Sequence[Given]) -> Advanced:
@@ -443,20 +445,21 @@ def advanced(x: TensorMeta, given: Sequence[Given]) -> Advanced:
     result = (*[x.shape[d] for d in before], *shape, *[x.shape[d] for d in after])
     own = (*[x.stride[d] for d in before], *(0,) * len(shape), *[x.stride[d] for d in after])
     refs = [(g.ref, g.meta, g.dim, (*(0,) * len(before), *broadcast_strides(g.meta, shape), *(0,) * len(after))) for g in given]
-    return Advanced(result, own, refs)
+    return Advanced(result, own, refs, range(len(before), len(before) + len(shape)))
 
 
 def read_advanced(call: Call, given: Sequence[Given], outside: int = WRAP, mask: tuple[Any, TensorMeta] | None = None,
                   fill: Any = 0) -> Plan:
     """``self[given]``; where ``mask`` is false, ``fill``."""
     x = call.args[0]
-    shape, own, refs = advanced(x, given)
+    shape, own, refs, theirs = advanced(x, given)
     if any(x.shape[d] == 0 for _, _, d, _ in refs) and 0 not in shape:
         raise Decline("PyTorch rejects it: an index into a dimension of size 0")
     out_stride = contiguous_strides(shape)
     if not x.is_contiguous:
         # PyTorch makes the result by TensorIterator, with what the indices choose as broadcast dimensions of self.
-        seen = [TensorMeta(x.dtype, shape, own, x.device), *[TensorMeta(m.dtype, shape, s, x.device) for _, m, _, s in refs]]
+        short = tuple(size if d in theirs else 1 for d, size in enumerate(shape))
+        seen = [TensorMeta(x.dtype, shape, own, x.device), *[TensorMeta(m.dtype, short, s, x.device) for _, m, _, s in refs]]
         out_stride = output_strides(shape, seen)
     masks = None if mask is None else (*mask, broadcast_strides(mask[1], shape))
     alloc, launches = read_by_index(call, (Arg(0), x), shape, out_stride, own, refs, [x.shape[d] for _, _, d, _ in refs],
@@ -488,7 +491,7 @@ def unsafe_masked_index(call: Call) -> Plan:
     if isinstance(fill, complex) or (isinstance(fill, float) and not x.dtype.is_floating_point):
         raise Decline("a fractional fill for an integer tensor")
     given = given_indices(x, indices, 2)
-    shape, _, _ = advanced(x, given)
+    shape = advanced(x, given).shape
     if broadcast_shape([shape, mask.shape]) != shape:
         raise Decline("a mask larger than the result")
     kind = "fp64" if x.dtype == torch.float64 else "fp32" if x.dtype.is_floating_point else "i64"

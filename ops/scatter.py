@@ -411,7 +411,7 @@ def written_advanced(call: Call, given: Sequence[Given], value: int, accumulate:
     out = written(call, True)
 
     def make(strides: tuple[int, ...]) -> Writes:
-        shape, own, refs = advanced(x._replace(stride=strides), given)
+        shape, own, refs, _ = advanced(x._replace(stride=strides), given)
         if values.numel and broadcast_shape([shape, values.shape]) != shape:
             raise Decline("PyTorch rejects it: the values do not broadcast to the indices")
         masks = None if mask is None else (Arg(mask), call.args[mask], broadcast_strides(call.args[mask], shape))
