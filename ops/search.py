@@ -35,10 +35,16 @@ from gemsmode.target import Target
 
 
 @triton.jit
+def _number(number, shape: tl.constexpr, COMMON: tl.constexpr, COMPUTE: tl.constexpr):
+    """A number, rounded as a tensor's element would be. As a block, because the interpreter mistypes comparisons of scalars."""
+    return convert(tl.broadcast_to(tl.cast(number, COMPUTE), shape), COMMON).to(COMPUTE)
+
+
+@triton.jit
 def _wanted(p_values, number, i, m, sizes, steps, COMMON: tl.constexpr, COMPUTE: tl.constexpr):
     """The values to look for: elements of a tensor or, without one, the same number everywhere."""
     if len(p_values) == 0:
-        return tl.broadcast_to(tl.cast(number, COMPUTE), i.shape)
+        return _number(number, i.shape, COMMON, COMPUTE)
     else:
         return convert(tl.load(p_values[0] + offset_of(i, sizes, steps), mask=m, other=0), COMMON).to(COMPUTE)
 
@@ -88,7 +94,7 @@ def isin_kernel(p_out, p_values, number, p_tests, test, total, n, rounds, sizes,
     m = i < total
     wanted = _wanted(p_values, number, i, m, sizes, steps, COMMON, COMPUTE)
     if len(p_tests) == 0:
-        found = wanted == tl.broadcast_to(tl.cast(test, COMPUTE), wanted.shape)
+        found = wanted == _number(test, wanted.shape, COMMON, COMPUTE)
     elif SORTED:
         low = tl.zeros([BLOCK], tl.int32)
         high = low + n
@@ -254,7 +260,7 @@ def _layout(meta: TensorMeta) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return tuple([Size(s) for s in dims.sizes[:-1]]), tuple([_step(s) for s in steps])
 
 
-def _number(call: Call, index: int, compute: torch.dtype) -> Num:
+def _given(call: Call, index: int, compute: torch.dtype) -> Num:
     if compute.is_floating_point:
         return Num(index, "fp64" if compute == torch.float64 else "fp32")
     return Num(index, "i64")
@@ -315,7 +321,7 @@ def _search(call: Call, sequence: int, values: int, sorter: int | None) -> Plan:
     wide, block = _wide(seq, wanted, order), _block(call.target)
     launch = Launch(
         search_kernel, (-(-total // block), 1, 1),
-        (Out(0), Arg(sequence), (Arg(values),) if is_tensor else (), 0 if is_tensor else _number(call, values, compute),
+        (Out(0), Arg(sequence), (Arg(values),) if is_tensor else (), 0 if is_tensor else _given(call, values, compute),
          sorters, extent(total), Size(n), Size(shape[-1] if seq.ndim > 1 else total),
          Size(n.bit_length()), sizes, steps, tuple([Size(s) for s in rows.sizes[:-1]]), tuple([stride(s) for s in row_steps]),
          _step(seq.stride[-1]), tuple([stride(s) for s in order_steps]), _step(order.stride[-1] if order is not None else 1)),
@@ -355,8 +361,8 @@ def _isin(call: Call, values: int, tests: int) -> Plan:
     block = _block(call.target)
     launches.append(Launch(
         isin_kernel, (-(-total // block), 1, 1),
-        (Out(0), (Arg(values),) if x.__class__ is TensorMeta else (), 0 if x.__class__ is TensorMeta else _number(call, values, compute),
-         given, 0 if given else _number(call, tests, compute), extent(total), Size(n), Size(n.bit_length()), sizes, steps, *layout),
+        (Out(0), (Arg(values),) if x.__class__ is TensorMeta else (), 0 if x.__class__ is TensorMeta else _given(call, values, compute),
+         given, 0 if given else _given(call, tests, compute), extent(total), Size(n), Size(n.bit_length()), sizes, steps, *layout),
         (("COMMON", TRITON[common]), ("COMPUTE", TRITON[compute]), ("INVERT", invert), ("SORTED", ordered),
          ("WIDE", _wide(x, test)), ("BLOCK", block))))
     return Plan(tuple(allocs), tuple(launches), Out(0), metas, bytes=moved)

@@ -97,8 +97,10 @@ def test_searches(d: torch.dtype) -> None:
     for right, out_int32 in itertools.product((False, True), (False, True)):
         check(torch.searchsorted, sequence, values, right=right, out_int32=out_int32)
         check(torch.bucketize, values.t(), sequence, right=right, out_int32=out_int32)
-    for number in (7, 7.5, -3):
+    for number in (7, 7.5, -3, 7.3):
         check(torch.searchsorted, sequence, number)
+        if d.is_floating_point:
+            check(torch.searchsorted, sequence / 10, number / 10)
         check(torch.bucketize, number, sequence, right=True)
 
 
@@ -146,6 +148,8 @@ def test_isin(d: torch.dtype) -> None:
         check(torch.isin, x.transpose(0, 2), tests, invert=True)
     check(torch.isin, x, 3)
     check(torch.isin, 3, x)
+    if d.is_floating_point:
+        check(torch.isin, x / 10, 0.3)
     check(torch.isin, x, torch.empty(0, dtype=d))
     check(torch.isin, x[:0], few)
     check(torch.isin, x, whole((60,), 40, torch.float32) / 2)
