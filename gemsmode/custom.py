@@ -22,12 +22,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_dispatch_stack_at, _len_torch_dispatch_stack, _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
 from torch._ops import OpOverload
 
 from gemsmode import registry as registry_module
 from gemsmode.handlers import Policy
+from gemsmode.mode import GemsMode
 from gemsmode.native import REFERENCES
+from gemsmode.signature import parameters
 
 NAMESPACE = "gemsmode"
 
@@ -85,6 +87,8 @@ class CustomOp:
         library.impl(name, reference if composite else self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
         self._composite = composite
+        self._function: Any = None
+        """The same with its gradient, as autograd takes it from Python: it costs less host time than the registered formula."""
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         return _standing.function(self.op)(*args, **kwargs)
@@ -97,12 +101,35 @@ class CustomOp:
                 return self.reference(*args)
         if _transforms() is not None:
             return self.reference(*args)
-        if _len_torch_dispatch_stack() or self._composite or (torch.is_grad_enabled() and _any_requires_grad(*args)):
+        modes = _len_torch_dispatch_stack()
+        if modes > 1 or self._composite or (modes and not isinstance(_get_dispatch_stack_at(0), GemsMode)):
             return self.op(*args)
-        return _standing.function(self.op)(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
+            return self.op(*args) if self._function is None else self._function.apply(*args)
+        return self._direct(*args)
+
+    def _direct(self, *args: Any) -> Any:
+        """What PyTorch would do with the call, without its dispatcher, where at most one mode wants to see it: a ``GemsMode``."""
+        if not _len_torch_dispatch_stack():
+            return _standing.function(self.op)(*args)
+        mode = _pop_torch_dispatch_stack(None)
+        try:
+            return mode._table[self.op](*args)
+        finally:
+            _push_on_torch_dispatch_stack(mode)
 
     def differentiate(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Register the formula of the gradient (see ``torch.library.register_autograd``)."""
+        direct = self._direct
+        defaults = [p.default for p in parameters(self.op)]
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            result = direct(*args)
+            setup_context(ctx, (*args, *defaults[len(args):]), result)
+            return result
+
+        self._function = type(f"{self.op._opname}_function", (torch.autograd.Function,),
+                              {"forward": staticmethod(forward), "backward": staticmethod(backward)})
         torch.library.register_autograd(f"{NAMESPACE}::{self.op._opname}", backward, setup_context=setup_context, lib=library)
 
     def not_differentiable(self) -> None:
@@ -113,7 +140,7 @@ class CustomOp:
             raise NotImplementedError(f"gemsmode::{name} has no derivative: second derivatives through fused ops are not available. "
                                       "Use the unfused form (gemsmode.unpatch) where they are needed.")
 
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=library)
+        self.differentiate(lambda ctx, inputs, output: None, backward)
 
     def __repr__(self) -> str:
         return f"<custom op {self.op}>"

@@ -347,7 +347,7 @@ def _gradient(ctx: Any, grad: Any, *_: Any) -> Any:
     x, target, lse, total, weight = ctx.saved_tensors
     if any(wanted(ctx, 2)):
         raise NotImplementedError("gemsmode::cross_entropy is not differentiable in the class weights")
-    dx = None if grad is None else cross_entropy_backward.op(grad, x, target, lse, total, weight, *ctx.options)
+    dx = None if grad is None else cross_entropy_backward(grad, x, target, lse, total, weight, *ctx.options)
     return dx, *[None] * 6
 
 
@@ -451,7 +451,7 @@ def _linear_gradient(ctx: Any, grad: Any, *_: Any) -> Any:
     if any(wanted(ctx, 4)):
         raise NotImplementedError("gemsmode::linear_cross_entropy is not differentiable in the class weights")
     mask = list(wanted(ctx, 0, 1, 3))
-    dx, dw, db = linear_cross_entropy_backward.op(grad, *ctx.saved_tensors, *ctx.options, mask)
+    dx, dw, db = linear_cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options, mask)
     return dx if mask[0] else None, dw if mask[1] else None, None, db if mask[2] else None, *[None] * 5
 
 

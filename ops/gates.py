@@ -235,7 +235,7 @@ def _gate_gradient(backward: Any) -> Callable[..., Any]:
     def formula(ctx: Any, grad: Any) -> Any:
         a, b = ctx.saved_tensors
         more = () if ctx.approximate is None else (ctx.approximate,)
-        da, db = backward.op(grad, a, b, *more)
+        da, db = backward(grad, a, b, *more)
         return (_summed_to(da, a), _summed_to(db, b), *(None for _ in more))
 
     return formula
@@ -243,7 +243,7 @@ def _gate_gradient(backward: Any) -> Callable[..., Any]:
 
 def _add_bias_gelu_gradient(ctx: Any, grad: Any) -> Any:
     x, bias = ctx.saved_tensors
-    dx = add_bias_gelu_backward.op(grad, x, bias, ctx.approximate)
+    dx = add_bias_gelu_backward(grad, x, bias, ctx.approximate)
     return _summed_to(dx, x), _summed_to(dx, bias) if ctx.needs_input_grad[1] else None, None
 
 

@@ -262,7 +262,7 @@ def _gradient(ctx: Any, grad_q: Any, grad_k: Any) -> Any:
     interleaved, full, heads_first, inverse = ctx.flags
     if any(ctx.needs_input_grad[2:4]):
         raise NotImplementedError("gemsmode::rotary_embedding is not differentiable in cos and sin")
-    dq, dk = rotary_embedding.op(grad_q, grad_k, cos, sin, positions, interleaved, full, heads_first, not inverse)
+    dq, dk = rotary_embedding(grad_q, grad_k, cos, sin, positions, interleaved, full, heads_first, not inverse)
     return dq, dk, *[None] * 7
 
 

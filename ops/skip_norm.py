@@ -277,7 +277,7 @@ def _gradients(ctx: Any, grad_out: Any, grad_sum: Any, mask: Sequence[bool]) -> 
     if grad_out is None:
         return grad_sum, None, None
     total = x[0] if len(x) == 1 else x[0] + x[1]
-    found = norm_backward.op(grad_out, total, ctx.normalized_shape, mean, rstd, weight, grad_sum, list(mask))
+    found = norm_backward(grad_out, total, ctx.normalized_shape, mean, rstd, weight, grad_sum, list(mask))
     dx, dw, db = (g if is_wanted else None for g, is_wanted in zip(found, mask))
     return dx, dw, db
 

@@ -62,10 +62,11 @@ topk_softmax_backward = custom_op(
 
 @triton.jit
 def _probabilities(p_x, o_row, m_row, o_column, n, sizes, x_rows, x_column, ACC: tl.constexpr):
-    mask = m_row[:, None] & (o_column < n)[None, :]
+    m_column = (o_column < n)[None, :]
     # [BLOCK_R, BLOCK_N]
-    x = tl.load(p_x + unravel(o_row, sizes, x_rows)[:, None] + (o_column * x_column)[None, :], mask=mask, other=float("-inf")).to(ACC)
-    e = tl.where((o_column < n)[None, :], tl.exp(x - tl.max(x, axis=1)[:, None]), 0.0)
+    x = tl.load(p_x + unravel(o_row, sizes, x_rows)[:, None] + (o_column * x_column)[None, :], mask=m_row[:, None] & m_column, other=0.0)
+    x = tl.where(m_column, x.to(ACC), float("-inf"))
+    e = tl.where(m_column, tl.exp(x - tl.max(x, axis=1)[:, None]), 0.0)
     return e / tl.sum(e, axis=1)[:, None]
 
 
@@ -199,7 +200,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gradient(ctx: Any, grad: Any, _: Any) -> Any:
-    return topk_softmax_backward.op(grad.contiguous(), *ctx.saved_tensors, ctx.renormalize), None, None
+    return topk_softmax_backward(grad.contiguous(), *ctx.saved_tensors, ctx.renormalize), None, None
 
 
 topk_softmax.differentiate(_setup, _gradient)
