@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from gemsmode.ops import maths
 from gemsmode.ops.layout import output_strides
@@ -23,6 +24,9 @@ from gemsmode.plan import Decline, Plan, contiguous_strides
 from gemsmode.predicates import dtype_name
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
+from gemsmode.target import current
+
+INTERPRETED = tl.constexpr(current().interpreted)
 
 # -- what PyTorch rejects ----------------------------------------------------------------------------------------------
 
@@ -412,65 +416,15 @@ def _positive_pow(x, y):
     return tl.where(defined, power, tl.exp2(rough))
 
 
-# log2((1 + s) / (1 - s)) / s**3 less its pole, in s**2 <= 0.041
-_LOG2_RATIO_32 = tl.constexpr((0.4326867373, 0.5767595942, 0.9617974206))
-
-
-@triton.jit
-def _leading(x):
-    """x without the last 12 of its 24 bits, so that a product of two of them is exact."""
-    return (x.to(tl.int32, bitcast=True) & -0x1000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _positive_pow_32(x, y):
-    """x**y of float32, x not negative, by a logarithm in two numbers: its sums and products are exact up to the small parts.
-
-    x = 2**e (1 + f) and log2(1 + f) = 2 / ln(2) (s + s**3 / 3 + ...) with s = f / (2 + f). NaN of either gives NaN.
-    """
-    small = x < 1.1754943508222875e-38
-    bits = tl.where(small, x * 16777216.0, x).to(tl.int32, bitcast=True)
-    power = (bits - 0x3F400000) & -0x800000
-    f = (bits - power).to(tl.float32, bitcast=True) - 1
-    e = power.to(tl.float32) * 1.1920928955078125e-7 - tl.where(small, 24.0, 0.0) + x * 0.0  # for NaN
-    d = _leading(2 + f)
-    inverse = maths.fast_reciprocal(2 + f)
-    s = _leading(f * inverse)
-    s_low = ((f - s * d) - s * (f - (d - 2))) * inverse
-    t = s + s_low
-    z = t * t
-    high = e + s * 2.884765625
-    low = ((e - high) + s * 2.884765625) + (s * 6.244567779e-4 + s_low * 2.8853900818 + t * z * maths.polynomial(z, _LOG2_RATIO_32))
-    # Beyond 2**32 every power but that of 1 is 0 or infinite.
-    y = tl.minimum(tl.maximum(y, -4294967296.0, propagate_nan=tl.PropagateNan.ALL), 4294967296.0, propagate_nan=tl.PropagateNan.ALL)
-    y_high = _leading(y)
-    high_high = _leading(high)
-    product = y_high * high_high
-    rest = (y - y_high) * high_high + y * ((high - high_high) + low)
-    product = tl.minimum(tl.maximum(product, -200.0), 200.0)
-    # The share of s**3 is 1.4% at most.
-    rest = tl.minimum(tl.maximum(rest, -4.0, propagate_nan=tl.PropagateNan.ALL), 4.0, propagate_nan=tl.PropagateNan.ALL)
-    n = ((product + tl.where(rest == rest, rest, 0.0)) + 12582912.0) - 12582912.0
-    rest = (product - n) + rest
-    n = n.to(tl.int32)
-    half = n >> 1
-    result = tl.exp2(rest) * maths.power_of_two(half, x) * maths.power_of_two(n - half, x)
-    inf = float("inf")
-    special = tl.where(y == y, tl.where((y > 0) == (x > 1), inf, 0.0), y)
-    return tl.where((x == 0) | (x == inf), special, result)
-
-
 @triton.jit
 def _float_pow_32(x, y):
-    """x**y; what :func:`_float_pow` does for NaN and for powers of 1, :func:`_positive_pow_32` has done."""
-    a = tl.abs(x)
-    power = _positive_pow_32(a, y)
-    half = y * 0.5
-    whole = tl.floor(y) == y
-    odd = whole & (tl.floor(half) != half)
-    negative = tl.where(odd, maths.negate(power), tl.where(whole | (a == float("inf")) | (a == 0), power, float("nan")))
-    power = tl.where(x.to(tl.int32, bitcast=True) < 0, negative, power)
-    return tl.where((y == 0) | (x == 1), 1.0, power)
+    """x**y of float32: the GPU library's own, as PyTorch's; the interpreter, which has none, takes float64."""
+    if INTERPRETED:
+        x = x.to(tl.float64)
+        y = y.to(tl.float64)
+        return _float_pow(x, y, tl.exp2(y * tl.log2(tl.abs(x)))).to(tl.float32)
+    else:
+        return libdevice.pow(x, y)
 
 
 @triton.jit
