@@ -1,10 +1,10 @@
 """The k-th smallest element of each row, medians, and the most frequent element.
 
-One program takes a row. It counts the elements by the highest eight bits of their keys (those of :mod:`gemsmode.ops.sort`),
-finds the bits of the wanted one, counts those of the same beginning by the next eight bits, and so on; the last pass looks
-for the first element that has the key. Nothing is sorted and nothing but the row is read, four or so times, from caches.
-Where there are too few rows for that, a whole sort is quicker, whose result a second launch looks up. Modes sort always,
-and find the longest run.
+Short rows, several in a program, go through the network of :mod:`gemsmode.ops.sort`. Of longer ones a program takes each. It
+counts the elements by the highest eight bits of their keys, finds the bits of the wanted one, counts those of the same
+beginning by the next eight bits, and so on; the last pass looks for the first element that has the key. Nothing is sorted
+and nothing but the row is read, four or so times, from caches. Where there are too few long rows for that, a whole sort is
+quicker, whose result a second launch looks up. Modes sort always, and find the longest run.
 
 Source: D. E. Knuth, "The Art of Computer Programming", volume 3, 5.3.3. NaN (greatest for the k-th, wins a median, is left
 out of a nanmedian, and is different from itself in a mode) as measured against PyTorch's results.
@@ -19,10 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from gemsmode.ops import sort
 from gemsmode.ops.pointwise import power_of_2
 from gemsmode.ops.promotion import ALL, NUMERIC
 from gemsmode.ops.reduction import canonical_dims, offset_of, reduced_shape
-from gemsmode.ops.sort import Keys, Rows, Sorting, flat_rows, flattened, keys, rows_of, to_key
+from gemsmode.ops.sort import Keys, Rows, Sorting, flat_rows, flattened, key_of, keys, network, rows_of, store_results, tile_items, to_key
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, extent
 from gemsmode.predicates import dtype
 from gemsmode.registry import planned
@@ -57,6 +58,34 @@ def _store(p_values, p_indices, o_out, p_row, in_stride, index):
     tl.store(p_values + o_out, tl.load(p_row + index * in_stride))
     if len(p_indices) > 0:
         tl.store(p_indices[0] + o_out, index)
+
+
+@triton.jit
+def _at(x, there):
+    """The element of each row of [A, N] that ``there`` marks: [A, 1]."""
+    return tl.expand_dims(tl.sum(tl.where(there, x, 0).to(x.dtype), 1, dtype=x.dtype), 1)
+
+
+@triton.jit
+def short_kernel(p_values, p_indices, p_x, rows, n, k, k_sizes, in_steps, out_steps, in_stride, HOW: tl.constexpr, MEDIAN: tl.constexpr,
+                 BLOCK_A: tl.constexpr, LOG_N: tl.constexpr):
+    """Select from rows of at most 2^LOG_N elements by sorting them. Grid: blocks of rows."""
+    i_a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
+    m_a = i_a < rows
+    p_row = p_x + offset_of(i_a, k_sizes, in_steps)
+    item = network(tile_items(p_row, (), i_a, m_a, 0, n, in_stride, HOW, LOG_N), LOG_N, LOG_N)
+    j = tl.arange(0, 1 << LOG_N)[None, :]
+    if HOW[0] == "float" and MEDIAN is not None:
+        nan = m_a & (j < n) & (key_of(item, HOW) == (1 << HOW[1]) - 1)
+        nans = tl.expand_dims(tl.sum(nan.to(tl.int32), 1), 1)
+    else:
+        nans = tl.zeros([BLOCK_A, 1], tl.int32)
+    there = j == _rank(n, nans, k, MEDIAN)
+    if len(item) == 1:
+        found = (_at(item[0], there),)
+    else:
+        found = (_at(item[0], there), _at(item[1], there))
+    store_results((p_values,), p_indices, offset_of(i_a, k_sizes, out_steps), found, p_row, in_stride, m_a, HOW)
 
 
 @triton.jit
@@ -155,9 +184,15 @@ def mode_kernel(p_values, p_indices, p_x, p_sorted, p_order, n, k_sizes, in_step
 
 @dataclass(frozen=True)
 class Selection:
-    """Whether rows are sorted to select from them, else elements of a tile and warps of a program."""
+    """How to select.
 
-    sort: bool
+    Attributes:
+        scheme: ``"short"``, ``"count"`` or ``"sort"``: which kernel does.
+        block: elements of a tile of the latter two.
+        warps: their warps.
+    """
+
+    scheme: str
     block: int
     warps: int
 
@@ -168,12 +203,14 @@ _WARPS = ((512, 2), (1 << 30, 4))  # (elements of a tile at most, warps)
 _SHORT_ROW = 1 << 14  # a program passes over such a row in the time of a few launches
 
 
-def choose(rows: int, n: int, target: Target) -> Selection:
-    """How to select from ``rows`` rows of ``n`` elements."""
+def choose(rows: int, n: int, parts: int, target: Target) -> Selection:
+    """How to select from ``rows`` rows of ``n`` elements whose items have ``parts`` integers."""
     block = min(power_of_2(n), _INTERPRETED_BLOCK if target.interpreted else _LONGEST_BLOCK)
     block = max(block, 32)
     few = n > _SHORT_ROW and (rows < target.multiprocessors // 2 or n > _SHORT_ROW * 64)
-    return Selection(few, block, next(w for limit, w in _WARPS if block <= limit))
+    short = n <= 1 << sort.choose(rows, n, parts, target).log_tile
+    scheme = "short" if short else "sort" if few else "count"
+    return Selection(scheme, block, next(w for limit, w in _WARPS if block <= limit))
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
@@ -224,7 +261,7 @@ def _select(call: Call, dim: int | None, keepdim: bool, k: int, median: str | No
         return Plan(tuple(allocs), (), returns, {Arg(0): meta}, bytes=moved)
     indices = (Out(1),) if dim is not None else ()
     how = keys(meta.dtype, rows.n, False)
-    chosen = choose(rows.count, rows.n, call.target)
+    chosen = choose(rows.count, rows.n, len(how.dtypes), call.target)
     nan = median if meta.dtype.is_floating_point else None
     rank = (rows.n - 1) // 2 if median else k
     if median == "mode":
@@ -233,7 +270,13 @@ def _select(call: Call, dim: int | None, keepdim: bool, k: int, median: str | No
             mode_kernel, (rows.count, 1, 1),
             (Out(0), indices, source, values, order, Size(rows.n), rows.sizes, rows.steps, rows.out_steps, rows.stride),
             (("BLOCK", chosen.block),), chosen.warps))
-    elif chosen.sort:
+    elif chosen.scheme == "short":
+        tile = sort.choose(rows.count, rows.n, len(how.dtypes), call.target)
+        launches.append(Launch(
+            short_kernel, (-(-rows.count // tile.block_a), 1, 1),
+            (Out(0), indices, source, Size(rows.count), extent(rows.n), Size(rank), rows.sizes, rows.steps, rows.out_steps, rows.stride),
+            (("HOW", tuple(how)), ("MEDIAN", nan), ("BLOCK_A", tile.block_a), ("LOG_N", tile.log_tile)), tile.warps, 1))
+    elif chosen.scheme == "sort":
         values, order, launches = _sorted(call, source, rows, how, allocs, launches)
         launches.append(Launch(
             pick_kernel, (rows.count, 1, 1),

@@ -251,7 +251,7 @@ def _padded(item, m):
 
 
 @triton.jit
-def _store_results(p_values, p_indices, o_out, item, p_row, in_stride, m, HOW: tl.constexpr):
+def store_results(p_values, p_indices, o_out, item, p_row, in_stride, m, HOW: tl.constexpr):
     if len(p_values) > 0:
         tl.store(p_values[0] + o_out, value_of(item, p_row, in_stride, m, HOW), mask=m)
     if len(p_indices) > 0:
@@ -259,7 +259,7 @@ def _store_results(p_values, p_indices, o_out, item, p_row, in_stride, m, HOW: t
 
 
 @triton.jit
-def _tile(p_row, p_from, i_a, m_a, first, n, in_stride, HOW: tl.constexpr, LOG_N: tl.constexpr):
+def tile_items(p_row, p_from, i_a, m_a, first, n, in_stride, HOW: tl.constexpr, LOG_N: tl.constexpr):
     """Items [A, 2^LOG_N] of each row from ``first`` on: of ``p_row`` or, if given, of ``p_from``, where rows have n items."""
     column = first + tl.arange(0, 1 << LOG_N)[None, :]
     m = m_a & (column < n)
@@ -282,12 +282,12 @@ def network_kernel(p_values, p_indices, p_to, p_x, p_from, rows, n, tiles, k, k_
     i_tile = tl.program_id(1)
     m_a = i_a < rows
     p_row = p_x + offset_of(i_a, k_sizes, in_steps)
-    item = network(_tile(p_row, p_from, i_a, m_a, i_tile << LOG_N, n, in_stride, HOW, LOG_N), LOG_N, LOG_K)
+    item = network(tile_items(p_row, p_from, i_a, m_a, i_tile << LOG_N, n, in_stride, HOW, LOG_N), LOG_N, LOG_K)
     j = tl.arange(0, BLOCK_K)[None, :]
     if len(p_to) > 0:
         store_items(p_to, (i_a * tiles + i_tile) * BLOCK_K + j, item, m_a & (j < BLOCK_K))
     else:
-        _store_results(p_values, p_indices, offset_of(i_a, k_sizes, out_steps) + j.to(tl.int64) * out_stride, item, p_row, in_stride,
+        store_results(p_values, p_indices, offset_of(i_a, k_sizes, out_steps) + j.to(tl.int64) * out_stride, item, p_row, in_stride,
                        m_a & (j < k), HOW)
 
 
@@ -317,7 +317,7 @@ def filter_kernel(p_values, p_indices, p_to, p_own, p_x, p_from, n, tiles, k, k_
     i_tile = tl.program_id(1)
     m_a = i_a >= 0
     p_row = p_x + offset_of(i_a, k_sizes, in_steps)
-    item = _tile(p_row, p_from, i_a, m_a, i_tile << LOG_N, n, in_stride, HOW, LOG_N)[0]
+    item = tile_items(p_row, p_from, i_a, m_a, i_tile << LOG_N, n, in_stride, HOW, LOG_N)[0]
     limit = tl.max(tl.min(tl.reshape(item, [BLOCK_N // BLOCK_K, BLOCK_K]), axis=0), axis=0)
     left = (item <= limit) & ((i_tile << LOG_N) + tl.arange(0, BLOCK_N)[None, :] < n)
     place = tl.cumsum(left.to(tl.int32), 1)
@@ -330,14 +330,14 @@ def filter_kernel(p_values, p_indices, p_to, p_own, p_x, p_from, n, tiles, k, k_
         kept = network(_first(p_own, o_own, count, LOG_PART), LOG_PART, LOG_K)[0]
     else:
         for part in range(BLOCK_N // PART):
-            some = _tile(p_row, p_from, i_a, m_a, (i_tile << LOG_N) + part * PART, n, in_stride, HOW, LOG_PART)
+            some = tile_items(p_row, p_from, i_a, m_a, (i_tile << LOG_N) + part * PART, n, in_stride, HOW, LOG_PART)
             store_items(p_own, o_own + part * BLOCK_K + j, network(some, LOG_PART, LOG_K), j < BLOCK_K)
         tl.debug_barrier()
         kept = network(_first(p_own, o_own, 1 << KEPT, KEPT), KEPT, LOG_K)[0]
     if len(p_to) > 0:
         store_items(p_to, (i_a * tiles + i_tile) * BLOCK_K + j, (kept,), j < BLOCK_K)
     else:
-        _store_results(p_values, p_indices, offset_of(i_a, k_sizes, out_steps) + j.to(tl.int64) * out_stride, (kept,), p_row, in_stride,
+        store_results(p_values, p_indices, offset_of(i_a, k_sizes, out_steps) + j.to(tl.int64) * out_stride, (kept,), p_row, in_stride,
                        j < k, HOW)
 
 
@@ -398,7 +398,7 @@ def merge_kernel(p_values, p_indices, p_to, p_x, p_from, n, row_from, row_to, ru
     if len(p_to) > 0:
         store_items(p_to, i_row * row_to + i_pair * run_to + place, item, m)
     else:
-        _store_results(p_values, p_indices, offset_of(i_row, k_sizes, out_steps) + place.to(tl.int64) * out_stride, item,
+        store_results(p_values, p_indices, offset_of(i_row, k_sizes, out_steps) + place.to(tl.int64) * out_stride, item,
                        p_x + offset_of(i_row, k_sizes, in_steps), in_stride, m, HOW)
 
 
