@@ -176,6 +176,133 @@ def foreach_zero(call: Call) -> Plan:
     return _plan(call, _fill_zero, [("list", 0)], ALL)
 
 
+@triton.jit
+def _same(src):
+    return src
+
+
+@planned("aten._foreach_copy_.default", family="optimizer", kernel=_same)
+def foreach_copy(call: Call) -> Plan:
+    """self, src, non_blocking; the lists may be of different floating-point dtypes, as mixed precision has them."""
+    dtype, metas = _lists(call, [0])
+    source, sources = _lists(call, [1])
+    if [(m.shape, m.stride, m.device) for m in metas] != [(m.shape, m.stride, m.device) for m in sources]:
+        raise Decline("tensors of different layouts across the lists")
+    refs = {Arg(i, k): m for i, group in enumerate((metas, sources)) for k, m in enumerate(group)}
+    live = [k for k, m in enumerate(metas) if m.numel]
+    launches = []
+    for at in range(0, len(live), MAX_TENSORS):
+        group = live[at:at + MAX_TENSORS]
+        tile = choose_flat(sum(metas[k].numel for k in group), max(dtype.itemsize, source.itemsize), call.target)
+        first = _programs([metas[k] for k in group], tile.x)
+        args = (tuple(Arg(0, k) for k in group), tuple((Arg(1, k),) for k in group), ((),), tuple(Size(f) for f in first),
+                tuple(extent(metas[k].numel) for k in group))
+        wide = any(metas[k].numel >= 2**31 - 2**17 for k in group)
+        constants = Constants((("FN", _same), ("HOW", _how(((0, source, opmath(source)),))), ("WIDE", wide), ("BLOCK", tile.x)))
+        launches.append(Launch(foreach_kernel, (first[-1], 1, 1), args, constants, tile.warps))
+    return Plan((), tuple(launches), None, refs, bytes=sum(m.numel for m in metas) * (dtype.itemsize + source.itemsize))
+
+
+# -- norms -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _largest(x):
+    """The largest of a block, NaN if there is one: a reduction by itself drops NaN."""
+    found = tl.max((x != x).to(tl.int32), axis=0)
+    return tl.where(found != 0, float("nan"), tl.max(x, axis=0))
+
+
+@triton.jit
+def norm_parts_kernel(ins, p_parts, first, counts, ORDER: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+                      STEPS: tl.constexpr):
+    """For each program, the sum of squares (ORDER 2) or magnitudes (1), or the largest magnitude (0), of its part of a tensor."""
+    i_program = tl.program_id(0)
+    for k in tl.static_range(len(ins)):
+        if (i_program >= first[k]) & (i_program < first[k + 1]):
+            i_part = i_program - first[k]
+            if WIDE:
+                i_part = i_part.to(tl.int64)
+            b_sum = tl.zeros([BLOCK], COMPUTE)
+            for step in range(STEPS):
+                o = (i_part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+                # [BLOCK]
+                b_x = tl.load(ins[k] + o, mask=o < counts[k], other=0.0).to(COMPUTE)
+                if ORDER == 2:
+                    b_sum += b_x * b_x
+                elif ORDER == 1:
+                    b_sum += tl.abs(b_x)
+                else:
+                    b_sum = tl.maximum(b_sum, tl.abs(b_x), propagate_nan=tl.PropagateNan.ALL)
+            if ORDER == 0:
+                tl.store(p_parts + i_program, _largest(b_sum))
+            else:
+                tl.store(p_parts + i_program, tl.sum(b_sum, axis=0))
+
+
+@triton.jit
+def norm_kernel(outs, p_parts, first, ORDER: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """The norm of each tensor k, of the parts ``first[k]`` to ``first[k + 1]``."""
+    i_program = tl.program_id(0)
+    for k in tl.static_range(len(outs)):
+        if i_program == k:
+            b_sum = tl.zeros([BLOCK], COMPUTE)
+            for start in range(first[k], first[k + 1], BLOCK):
+                o = start + tl.arange(0, BLOCK)
+                b_part = tl.load(p_parts + o, mask=o < first[k + 1], other=0.0)
+                if ORDER == 0:
+                    b_sum = tl.maximum(b_sum, b_part, propagate_nan=tl.PropagateNan.ALL)
+                else:
+                    b_sum += b_part
+            if ORDER == 0:
+                norm = _largest(b_sum)
+            elif ORDER == 1:
+                norm = tl.sum(b_sum, axis=0)
+            else:
+                norm = tl.sqrt(tl.sum(b_sum, axis=0))
+            tl.store(outs[k], norm.to(outs[k].dtype.element_ty))
+
+
+_ORDERS = {2: 2, 1: 1, float("inf"): 0}
+_PART = 16
+"""Blocks that a program of :func:`norm_parts_kernel` takes in turn: fewer parts to add up than a program a block has."""
+
+
+@planned("aten._foreach_norm.Scalar", family="optimizer", kernel=norm_parts_kernel, by_value=("ord",))
+def foreach_norm(call: Call) -> Plan:
+    """self, ord, dtype -> a 0-dim tensor for each: what ``clip_grad_norm_`` asks for."""
+    dtype, metas = _lists(call, [0])
+    order = _ORDERS.get(call["ord"])
+    if order is None:
+        raise Decline(f"a norm of order {call['ord']}")
+    if call["dtype"] not in (None, dtype):
+        raise Decline("a result of another dtype")
+    if not order and any(not m.numel for m in metas):
+        raise Decline("PyTorch rejects it: the largest magnitude of no elements")
+    compute = opmath(dtype)
+    outs = [Alloc((), (), dtype) for _ in metas]
+    allocs, launches = list(outs), []
+    for at in range(0, len(metas), MAX_TENSORS):
+        group = range(at, min(at + MAX_TENSORS, len(metas)))
+        tile = choose_flat(sum(metas[k].numel for k in group), dtype.itemsize, call.target)
+        steps = 1 if call.target.interpreted else _PART
+        first = _programs([metas[k] for k in group], tile.x * steps)
+        places, parts = tuple(Size(f) for f in first), Out(len(allocs))
+        allocs.append(Alloc((max(first[-1], 1),), (1,), compute))
+        wide = any(metas[k].numel >= 2**31 - 2**22 for k in group)
+        constants = (("ORDER", order), ("COMPUTE", TRITON[compute]))
+        if first[-1]:
+            launches.append(Launch(
+                norm_parts_kernel, (first[-1], 1, 1),
+                (tuple(Arg(0, k) for k in group), parts, places, tuple(extent(metas[k].numel) for k in group)),
+                Constants((*constants, ("WIDE", wide), ("BLOCK", tile.x), ("STEPS", steps))), tile.warps))
+        launches.append(Launch(norm_kernel, (len(group), 1, 1), (tuple(Out(k) for k in group), parts, places),
+                               Constants((*constants, ("BLOCK", 1024))), 4))
+    refs = {Arg(0, k): m for k, m in enumerate(metas)}
+    return Plan(tuple(allocs), tuple(launches), [Out(k) for k in range(len(outs))], refs,
+                bytes=sum(m.numel for m in metas) * dtype.itemsize)
+
+
 # -- fused steps -------------------------------------------------------------------------------------------------------
 
 

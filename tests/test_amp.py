@@ -131,7 +131,7 @@ def test_training_with_a_scaler(fused: bool, device: str) -> None:
 
 
 def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:
-    """Calls to compile for GPUs, with everything that is optional."""
+    """Calls of optimizers to compile for GPUs, with everything that is optional."""
     one, count = on_gpu((), torch.float32), on_gpu((), torch.int32)
     calls: list[tuple[str, tuple[Any, ...]]] = [("_amp_update_scale_.default", (one, count, one, 2.0, 0.5, 2000))]
     for dtype in (torch.float16, torch.float32):
@@ -141,6 +141,9 @@ def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:
             ("_amp_foreach_non_finite_check_and_unscale_.default", (some, one, one)),
             ("_fused_adam_.tensor_lr", (some, some, some, some, some, steps, one, 0.9, 0.999, 0.01, 1e-8, True, False, one, one)),
             ("_fused_sgd_.tensor_lr", (some, some, some, 0.01, 0.9, one, 0.1, True, True, False, one, one)),
+            ("_foreach_norm.Scalar", (some, 2, None)),
+            ("_foreach_norm.Scalar", (some, float("inf"), None)),
+            ("_foreach_copy_.default", (tuple(on_gpu(m.shape, torch.bfloat16) for m in some), some, False)),
         ]
     return calls
 
@@ -149,4 +152,4 @@ def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:
 def test_kernels_compile_for_gpus(target: str, device: str, tmp_path: Path) -> None:
     if device == "cuda":
         pytest.skip("compiled by running them")
-    assert compile_calls(gpu_calls(), target, tmp_path) == 7
+    assert compile_calls(gpu_calls(), target, tmp_path) == 17

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,3 +62,46 @@ def test_lists_of_integers_pass_through_with_the_reason() -> None:
     assert result[0].tolist() == [2, 2, 2]
     (row,) = [r for r in mode.report.to_dict()["ops"] if "_foreach" in r["overload"]]
     assert row["decision"] == "pass" and "int64 is not floating point" in row["reason"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("order", [2, 1, float("inf")])
+def test_norms_of_a_list(dtype: torch.dtype, order: float) -> None:
+    shapes = [s for s in SHAPES[:30] if 0 not in s or order == 2] + [(70, 1000)]
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(s, generator=generator, dtype=torch.float64).to(current().device_type, dtype) for s in shapes]
+    given[2][3, 4], given[1][0] = float("inf"), float("nan")
+    with GemsMode(strict=True, trace=True) as mode:
+        got = torch._foreach_norm(given, order)
+    assert [r.decision for r in mode.report.compute] == ["rule"]
+    expected = [torch.linalg.vector_norm(g.double(), order).to(dtype) for g in given]
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(list(got), expected, rtol=tolerance, atol=0, equal_nan=True)
+
+
+def test_clipping_gradients() -> None:
+    def clipped(mode: Any) -> tuple[torch.Tensor, list[Any]]:
+        parameters = [torch.nn.Parameter(torch.zeros(s, device=current().device_type)) for s in SHAPES]
+        generator = torch.Generator().manual_seed(3)
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+        with mode:
+            return torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True), [p.grad for p in parameters]
+
+    norm, expected = clipped(contextlib.nullcontext())
+    under_mode, got = clipped(GemsMode(strict=True))
+    torch.testing.assert_close(under_mode, norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("to", "source"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16),
+                                            (torch.float64, torch.float64)])
+def test_copies_of_a_list(to: torch.dtype, source: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(s, generator=generator).to(current().device_type, source) for s in SHAPES[:30]]
+    flat = torch.empty(sum(g.numel() for g in given), dtype=to, device=current().device_type)
+    views = [v.view(g.shape) for v, g in zip(flat.split([g.numel() for g in given]), given)]  # as FSDP copies into one buffer
+    with GemsMode(strict=True, trace=True) as mode:
+        torch._foreach_copy_(views, given)
+    assert [r.decision for r in mode.report.compute] == ["rule"]
+    assert torch.equal(flat, torch.cat([g.to(to).flatten() for g in given]))
