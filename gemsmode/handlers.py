@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from gemsmode import plan as plans_module
 from gemsmode.errors import RuleFailedError
-from gemsmode.native import REFERENCES, communicates, computes, is_composite, native, native_in_order, numbers_of_host
+from gemsmode.native import REFERENCES, communicates, computes, is_composite, key_of_parts, native, native_in_order, numbers_of_host
 from gemsmode.plan import Arg, At, Decline, Disjoint, Into, Num, Out, Plan
 from gemsmode.predicates import Predicate
 from gemsmode.registry import Candidate, Registry, short_name
@@ -270,7 +270,7 @@ class OpHandler:
             if reference is not None:
                 return reference(*args, **kwargs)
             # Not `decompose`, which prefers decompositions written for tracing to what the op itself does.
-            return self.op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+            return self.op._op_dk(key_of_parts(self.op, self.policy.target.device_type), *args, **kwargs)
         finally:
             _pop_torch_dispatch_stack(None)
 
