@@ -323,24 +323,27 @@ def race_kernel(p_key, p_x, p_seed, n_columns, row_stride, column_stride, BLOCK:
 
 @triton.jit
 def winners_kernel(p_out, p_key, n_columns, count, BLOCK: tl.constexpr):
-    """The columns of the ``count`` greatest keys of a row, greatest first; each is struck out once found. Grid: rows."""
+    """The columns of the ``count`` greatest keys of a row, greatest first, the lower column first among equals. Grid: rows."""
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_key + i_row * n_columns
+    # Each round looks for the greatest that comes after the last one found.
+    last = tl.full((), float("inf"), tl.float32)
+    last_column = tl.full((), -1, tl.int32)
     for j in range(0, count):
         best = tl.full((BLOCK,), -2.0, tl.float32)
         where = tl.zeros((BLOCK,), tl.int32)
         for first in range(0, n_columns, BLOCK):
             c = first + tl.arange(0, BLOCK)
             b = tl.load(p_row + c, mask=c < n_columns, other=-2.0)
-            where = tl.where(b > best, c, where)
-            best = tl.maximum(best, b)
-        most = tl.max(best, 0)
-        winner = tl.min(tl.where(best == most, where, n_columns), 0)
-        tl.device_assert(most > 0.0, "fewer probabilities above 0 than samples")
-        tl.store(p_out + i_row * count + j, winner.to(tl.int64))
-        tl.store(p_row + winner, -1.0)
-        # The next round reads what this one wrote.
-        tl.debug_barrier()
+            after = (b < last) | ((b == last) & (c > last_column))
+            better = after & (b > best)
+            where = tl.where(better, c, where)
+            best = tl.where(better, b, best)
+        last = tl.max(best, 0)
+        last_column = tl.min(tl.where(best == last, where, n_columns), 0)
+        # Beyond the first, columns of probability 0 fill what is missing, as in PyTorch.
+        tl.device_assert((j > 0) | (last > 0.0), "invalid multinomial distribution (sum of probabilities <= 0)")
+        tl.store(p_out + i_row * count + j, last_column.to(tl.int64))
 
 
 @triton.jit
@@ -419,14 +422,21 @@ def multinomial(call: Call) -> Plan:
 
 
 @triton.jit
-def sorted_kernel(p_out, p_seed, n, BLOCK: tl.constexpr):
-    """A permutation of a few: positions in the order of 51 random bits each. Grid: one program."""
-    o = tl.arange(0, BLOCK)
-    r0, r1, _r2, _r3 = philox(tl.load(p_seed), o, 0)
-    key = ((r0.to(tl.int64) << 19) | (r1 >> 13).to(tl.int64)) * BLOCK + o
-    # What is beyond n comes last.
-    key = tl.sort(tl.where(o < n, key, 0x7FFFFFFFFFFFFFFF), 0)
-    tl.store(p_out + o, (key & (BLOCK - 1)).to(p_out.dtype.element_ty), mask=o < n)
+def _position_key(seed, o, n, BLOCK: tl.constexpr):
+    """51 random bits for each position, and the position; what is beyond n comes last."""
+    r0, r1, _r2, _r3 = philox(seed, o, 0)
+    return tl.where(o < n, ((r0.to(tl.int64) << 19) | (r1 >> 13).to(tl.int64)) * BLOCK + o, 0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def ranked_kernel(p_out, p_seed, n, SHARE: tl.constexpr, BLOCK: tl.constexpr):
+    """A permutation of a few: each position's rank among the random keys of all. Grid: blocks of SHARE positions."""
+    seed = tl.load(p_seed)
+    o = tl.program_id(0) * SHARE + tl.arange(0, SHARE)
+    own = _position_key(seed, o, n, BLOCK)
+    every = _position_key(seed, tl.arange(0, BLOCK), n, BLOCK)
+    rank = tl.sum((every[None, :] < own[:, None]).to(tl.int32), 1)  # [SHARE]
+    tl.store(p_out + o, convert(rank.to(tl.int64), p_out.dtype.element_ty), mask=o < n)
 
 
 @triton.jit
@@ -465,8 +475,8 @@ def permuted_kernel(p_out, p_seed, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(p_out + o, convert(x.to(tl.int64), p_out.dtype.element_ty), mask=m)
 
 
-SORTED = 2048
-"""Elements that are permuted by sorting random keys."""
+RANKED = 2048
+"""Positions that are ranked by random keys against each other."""
 
 
 @planned(["aten.randperm.default", "aten.randperm.generator"], Predicate("strided, not pinned", _plain), family="random",
@@ -483,9 +493,10 @@ def randperm(call: Call) -> Plan:
     ref, allocs, seed = drawn(call, out)
     if n == 0:
         return Plan(allocs, (), ref, {}, bytes=0)
-    if n <= SORTED:
+    if n <= RANKED:
         block = max(power_of_2(n), 16)
-        launch = Launch(sorted_kernel, (1, 1, 1), (ref, Out(seed), Size(n)), Constants((("BLOCK", block),)), 8 if block > 512 else 4)
+        share = min(block, (1 << 20) // block) if call.target.interpreted else min(block, 8)
+        launch = Launch(ranked_kernel, (-(-n // share), 1, 1), (ref, Out(seed), Size(n)), Constants((("SHARE", share), ("BLOCK", block))))
     else:
         block = min(power_of_2(n), 1 << 16) if call.target.interpreted else 256
         launch = Launch(permuted_kernel, (-(-n // block), 1, 1), (ref, Out(seed), extent(n)),

@@ -206,6 +206,8 @@ def choose_whole_rows(rows: int, length: int, columns: int, itemsize: int, targe
     if target.interpreted:
         x = min(power_of_2(max(length, columns)), 1 << 16)
         return WholeRows(min(power_of_2(rows), max((1 << 16) // x, 1)), x, 4)
+    if target.backend != "cuda":
+        return None  # A barrier of AMD's GPUs does not wait for the writes before it.
     y = min(power_of_2(rows), max(1024 // x, 1))
     if -(-rows // y) < 2 * target.multiprocessors or max(length, columns) > 1 << 16:
         return None

@@ -350,15 +350,17 @@ _matmul("outer", "aten.mul.Tensor", "torch.outer(x, y)", sized(M=8192, N=8192), 
         bytes="x + y + out", tiny=sized(M=64, N=64))
 
 
-def _attention(label: str, sizes: Mapping[str, int], goal: float, origin: str, arguments: str, flops: str, backward: bool = False) -> None:
+def _attention(label: str, sizes: Mapping[str, int], goal: float, origin: str, arguments: str, flops: str, backward: bool = False,
+               **more: Any) -> None:
     attention = f"F.scaled_dot_product_attention(q, k, v{arguments})"
     kv = "B G S D" if "G" in sizes else "B H S D"
     gradient: dict[str, Any] = {"g": T("B H S D")} if backward else {}
-    case(label, "aten._scaled_dot_product_flash_attention.default",
+    # The op that PyTorch breaks the call up into depends on the GPU and on cuDNN: on an H200 it is cuDNN's.
+    case(label, f"aten._scaled_dot_product_cudnn_attention{'_backward' if backward else ''}.default",
          "torch.autograd.grad(y, (q, k, v), g, retain_graph=True)" if backward else attention,
          sizes, group="attention", goal=goal, origin=origin, flops=flops, rows=1, setup={"y": attention} if backward else {},
          pinned=("D", "H", "G") if "G" in sizes else ("D", "H"), tiny=sized(B=1, H=4, S=64) | (sized(G=2) if "G" in sizes else {}),
-         q=T("B H S D", grad=backward), k=T(kv, grad=backward), v=T(kv, grad=backward), **gradient)
+         q=T("B H S D", grad=backward), k=T(kv, grad=backward), v=T(kv, grad=backward), **gradient, **more)
 
 
 _attention("attention_causal", sized(B=4, H=32, S=4096, D=128), 0.9, "Llama-2-7b, 4 prompts of 4096", ", is_causal=True",
@@ -368,6 +370,16 @@ _attention("attention_gqa", sized(B=2, H=32, G=8, S=8192, D=128), 0.9, "Llama-3-
            "2 * B * H * S * S * D")
 _attention("attention_backward", sized(B=4, H=32, S=2048, D=128), 0.9, "Llama-2-7b, training on 4 sequences of 2048", ", is_causal=True",
            "5 * B * H * S * S * D", backward=True)
+_attention("attention_masked", sized(B=32, H=12, S=512, D=64), 1.0, "BERT-base, 32 padded sequences of 512", ", attn_mask=mask",
+           "4 * B * H * S * S * D", mask=T("B H S S"))
+for _label, _sizes, _goal, _origin in (
+        ("attention_decode", sized(B=16, H=32, S=4096, D=128), 1.0, "Llama-2-7b, one token for 16 sequences of 4096"),
+        ("attention_decode_gqa", sized(B=4, H=32, G=8, S=8192, D=128), 1.0, "Llama-3-8b, one token for 4 sequences of 8192")):
+    _kv = "B G S D" if "G" in _sizes else "B H S D"
+    case(_label, "aten._scaled_dot_product_cudnn_attention.default",
+         "F.scaled_dot_product_attention(q, k, v" + (", enable_gqa=True)" if "G" in _sizes else ")"), _sizes, group="attention", goal=_goal,
+         origin=_origin, bytes="q + k + v + out", flops="4 * B * H * S * D", rows=1, pinned=("D", "H", "G") if "G" in _sizes else ("D", "H"),
+         tiny=sized(B=1, H=4, S=64) | (sized(G=2) if "G" in _sizes else {}), q=T("B H 1 D"), k=T(_kv), v=T(_kv))
 
 
 # -- data movement, indexing, random numbers, sorting, pooling, optimizers ---------------------------------------------
@@ -421,12 +433,40 @@ case("masked_select", "aten.masked_select.default", "torch.masked_select(x, mask
 case("nonzero", "aten.nonzero.default", "torch.nonzero(mask)", sized(M=4096, N=4096), group="indexing", origin="one value in four is true",
      goal=0.97, bytes="mask + out", check="equal", dtypes=("bool",), mask=T("M N", "bool"))
 
+case("masked_scatter", "aten.masked_scatter.default", "x.masked_scatter(mask, y)", sized(M=4096, N=4096), group="indexing",
+     dtypes=("bf16",), origin="image features put in their places of a prompt", goal=0.97, bytes="x + mask + y / 4 + out", check="equal",
+     x=T("M N"), mask=T("M N", "bool"), y=T("M N"))
+case("index_mask", "aten.index.Tensor", "x[mask]", sized(M=8192, N=4096), group="indexing", origin="the tokens that are not padding",
+     goal=0.97, bytes="mask + 2 * out", check="equal", x=T("M N"), mask=T("M", "bool"))
+case("index_put_mask", "aten.index_put_.default", "x.index_put_((mask,), y)", SQUARE, group="indexing", origin="x[mask] = value", goal=0.97,
+     bytes="mask + x / 4", check="none", x=T("M N"), mask=T("M N", "bool"), y=T("1"))
+case("gather_rows", "aten.gather.default", "torch.gather(x, 0, i)", SQUARE, group="indexing", dtypes=("f32",), origin=_SQUARE_ORIGIN,
+     goal=0.97, bytes="x + i + out", check="equal", x=T("M N"), i=T("M N", "index:M", dtype="i64"))
+case("scatter_add", "aten.scatter_add.default", "torch.scatter_add(x, 1, i, y)", sized(M=4096, N=8192), group="indexing", dtypes=("f32",),
+     origin="counts and sums by class", goal=0.97, bytes="x + i + y + out", x=T("M N"), i=T("M N", "index:N", dtype="i64"), y=T("M N"))
+case("scatter_amax", "aten.scatter_reduce.two", "torch.scatter_reduce(x, 1, i, y, 'amax')", sized(M=4096, N=8192), group="indexing",
+     dtypes=("f32",), origin="the greatest by class", goal=0.97, bytes="x + i + y + out", check="equal", x=T("M N"),
+     i=T("M N", "index:N", dtype="i64"), y=T("M N"))
+case("repeat_interleave", "aten.repeat_interleave.Tensor", "torch.repeat_interleave(r)", sized(M=2**18), group="indexing", dtypes=("i64",),
+     origin="the lengths of packed sequences", goal=0.97, bytes="r + out", check="equal", r=T("M", "index:8", dtype="i64"))
+
 case("dropout", "aten.native_dropout.default", "torch.native_dropout(x, 0.1, True)", SQUARE, group="random", origin=_SQUARE_ORIGIN,
      goal=1.25, bytes="x + out", check="none", x=T("M N"))
 case("randn", "aten.randn.default", "torch.randn(M, N, dtype=dtype, device=device)", SQUARE, group="random", dtypes=("f32",),
      origin=_SQUARE_ORIGIN, goal=1.5, bytes="out", check="none", tiny=sized(M=64, N=64))
 case("rand", "aten.rand.default", "torch.rand(M, N, dtype=dtype, device=device)", SQUARE, group="random", dtypes=("f32",),
      origin=_SQUARE_ORIGIN, goal=0.97, bytes="out", check="none", tiny=sized(M=64, N=64))
+
+case("randint", "aten.randint.low", "torch.randint(0, N, (M, N), device=device)", SQUARE, group="random", dtypes=("i64",),
+     origin="random tokens", goal=0.97, bytes="out", check="none", tiny=sized(M=64, N=64))
+case("bernoulli", "aten.bernoulli_.float", "x.bernoulli_(0.1)", SQUARE, group="random", origin="a mask of what is dropped", goal=0.97,
+     bytes="out", check="none", x=T("M N"))
+case("exponential", "aten.exponential_.default", "x.exponential_()", SQUARE, group="random", dtypes=("f32",),
+     origin="the noise of sampling without a synchronisation", goal=0.97, bytes="out", check="none", x=T("M N"))
+case("randperm", "aten.randperm.default", "torch.randperm(N, device=device)", sized(N=2**20), group="random", dtypes=("i64",),
+     origin="shuffling a million samples", goal=0.97, bytes="out", check="none", tiny=sized(N=1000))
+case("multinomial", "aten.multinomial.default", "torch.multinomial(x, 1)", sized(M=256, N=32000), group="random", dtypes=("f32",),
+     origin="a token of each of 256 sequences from Llama's vocabulary", goal=0.97, bytes="x + out", check="none", x=T("M N", "uniform"))
 
 case("sort", "aten.sort.default", "torch.sort(x, -1)", sized(M=1024, N=8192), group="sorting", dtypes=("f32",), origin="rows of 8192",
      goal=1.0, bytes="x + out", check="equal", x=T("M N"))
