@@ -67,6 +67,9 @@ STEPS = frozenset({"floor_divide", "remainder", "fmod", "nextafter", "frexp", "b
                    "view_as_complex"})
 """Ops whose result jumps where a rounding of the arguments' dtype does, so that float64 answers another question."""
 
+WRITES_TOO = dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), ("running_mean", "running_var"))
+"""Arguments that an op writes although its schema does not say so."""
+
 _UP = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
@@ -316,7 +319,8 @@ class Trial:
         if self.name in LINEAR and not self.random:
             base = self.raised if self.raised is not None else Copies(args).args
             self.cancelling = tuple(_mapped(a, _absolute) for a in base)
-        self.written = [i for i, p in enumerate(parameters(op)) if p.is_written or p.is_out]
+        also = WRITES_TOO.get(self.name, ())
+        self.written = [i for i, p in enumerate(parameters(op)) if p.is_written or p.is_out or p.name in also]
 
     def outcome(self, result: Any) -> Outcome:
         """Compare what the rule returned, and what it wrote, with the native op on the copies."""

@@ -114,6 +114,7 @@ CALLS = {
     "dropout": lambda x: torch.ops.aten.native_dropout(x.repeat(8, 8), 0.3, True),
     "random": lambda x: torch.rand(4000, device=x.device),
     "in place random": lambda x: x.repeat(8, 8).normal_(),
+    "running statistics": lambda x: F.batch_norm(x, torch.zeros(16, device=x.device), torch.ones(16, device=x.device), training=True),
     "empty": lambda x: x[:0].exp() + x[:0],
     "lists": lambda x: torch._foreach_mul([x, x[0]], 2.0),
 }
@@ -150,6 +151,9 @@ PLANTED = {
     "out of bounds": ("aten.exp.default", _out_of_bounds, lambda x: x[:4].exp(), "outside of what is to be written"),
     "integers": ("aten.bitwise_and.Tensor", lambda a, b: (a & b) + (a == 3), lambda x: torch.arange(8, device=x.device) & 7,
                  "1 of 8 elements differ"),
+    "running statistics": ("aten.native_batch_norm.default", lambda *args: torch.native_batch_norm(*args[:6], 0.2, args[7]),
+                           lambda x: F.batch_norm(x, torch.zeros(16, device=x.device), torch.ones(16, device=x.device), training=True),
+                           "far off"),
     "in place": ("aten.exp_.default", lambda x: x.copy_(x.exp() * 1.01), lambda x: x[2:4].exp_(), "too far off"),
     "not random enough": ("aten.rand.default", lambda size, **o: torch.full(size, 0.5, **o), lambda x: torch.rand(1000, device=x.device),
                           "spread"),
