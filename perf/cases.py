@@ -515,6 +515,17 @@ case("adamw", "aten._foreach_addcdiv_.ScalarList", "optimizer.step()", sized(L=7
      setup={"parameters": "llama_parameters(L, H, I, V, dtype, device)",
             "optimizer": "torch.optim.AdamW(parameters, lr=1e-4, foreach=True)"})
 
+for _label, _op, _call, _bytes, _setup in (
+    ("adamw fused", "aten._fused_adamw_.default", "optimizer.step()", 7, {"optimizer": "torch.optim.AdamW(parameters, lr=1e-4, fused=True)"}),
+    ("norms of gradients", "aten._foreach_norm.Scalar", "torch._foreach_norm(gradients, 2)", 1, {}),
+    ("unscale", "aten._amp_foreach_non_finite_check_and_unscale_.default",
+     "torch.ops.aten._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)", 2,
+     {"found": "torch.zeros((), device=device)", "inverse": "torch.full((), 0.5, device=device)"}),
+):
+    case(_label, _op, _call, sized(L=7, H=4096, I=11008, V=32000), group="optimizer", origin="the parameters of a 7-layer Llama-2",
+         goal=0.97, check="none", tiny=sized(L=1, H=16, I=32, V=64), bytes=f"{_bytes} * size * (2 * V * H + L * (4 * H * H + 3 * H * I))",
+         setup={"parameters": "llama_parameters(L, H, I, V, dtype, device)", "gradients": "[p.grad for p in parameters]", **_setup})
+
 
 def llama_parameters(layers: int, hidden: int, inner: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """Parameters of a Llama with random values and gradients."""
