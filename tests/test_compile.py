@@ -1,8 +1,8 @@
 """Every kernel, with the launch choices that plans really make, is compiled for GPUs that are not present.
 
 The calls planned for are OpInfo's, with their tensors' metadata moved to a GPU, in several dtypes and layouts and scaled
-up; elementwise ops get shapes of their own for each path through their kernels. A default run compiles each kernel once
-for each GPU and each function of elementwise ops for one of them, in dtypes and layouts that depend on their names;
+up; elementwise ops get shapes of their own for each path through their kernels. A default run compiles each kernel for
+sm_90, gfx942 and one of sm_80 and sm_100, and each function of elementwise ops for one of the four;
 ``--generated`` compiles each function and a fifth of the launch choices for sm_90, and ``--full`` everything.
 """
 
@@ -237,6 +237,8 @@ def test_kernels_compile(target: str, shard: int, of: int, amount: str, tmp_path
     compiled = sum(1 for r in rows if r["kernel"] != "-" and not r["error"])
     for name in targets:
         assert any(r["target"] == name and r["kernel"] != "-" and not r["error"] for r in rows), f"nothing was compiled for {name}"
+    if amount == "brief":
+        unplanned = []  # a few calls of each op need not be such as a rule takes
     problems = {"no plan on a GPU for any call of": unplanned, "not compiled:": failed, f"spill more than {STACK} bytes:": spilling}
     texts = [f"{len(found)} {title}\n  " + "\n  ".join(found[:40]) for title, found in problems.items() if found]
     assert not texts, f"{target}, {compiled} kernels compiled\n" + "\n".join(texts)
