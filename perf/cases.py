@@ -516,7 +516,8 @@ case("adamw", "aten._foreach_addcdiv_.ScalarList", "optimizer.step()", sized(L=7
             "optimizer": "torch.optim.AdamW(parameters, lr=1e-4, foreach=True)"})
 
 for _label, _op, _call, _bytes, _setup in (
-    ("adamw fused", "aten._fused_adamw_.default", "optimizer.step()", 7, {"optimizer": "torch.optim.AdamW(parameters, lr=1e-4, fused=True)"}),
+    ("adamw fused", "aten._fused_adamw_.default", "optimizer.step()", 7,
+     {"optimizer": "torch.optim.AdamW(parameters, lr=1e-4, fused=True)"}),
     ("norms of gradients", "aten._foreach_norm.Scalar", "torch._foreach_norm(gradients, 2)", 1, {}),
     ("unscale", "aten._amp_foreach_non_finite_check_and_unscale_.default",
      "torch.ops.aten._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)", 2,
