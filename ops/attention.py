@@ -281,10 +281,10 @@ def delta_kernel(p_grad, p_out, p_delta, heads, m_size, v_size, grad_strides, ou
 
 
 @triton.jit
-def _over_queries(dk, dv, k, v, queries, grads, p_lse, p_delta, bias, biases, bias_strides, q_row, grad_row, lse_row, first, last, o_n, first_n,
-                  m_size, n_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr,
-                  MASK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr,
-                  TMA: tl.constexpr):
+def _over_queries(dk, dv, k, v, queries, grads, p_lse, p_delta, bias, biases, bias_strides, q_row, grad_row, lse_row, first, last, o_n,
+                  first_n, m_size, n_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+                  MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                  BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
     """The queries from `first` to `last` taken into dk [N, D] and dv [N, V].
 
     Scores are held transposed, [N, M], so that they are left operands as they are. Rows after the last query are zeros,
@@ -504,7 +504,8 @@ def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: b
         blocks = _rung(GRAD_KEY_VALUE if kind == "key_value" else GRAD_QUERY, d)
     if target.backend == "hip" or not target.has_wgmma:
         # Operands of the tensor cores are held in registers there, so that blocks for two warp groups do not fit.
-        blocks = Blocks(min(blocks.m, 64), min(blocks.n, 64 if kind == "key_value" else 32), blocks.warps if d > 64 else 4, 1 if d > 128 else 2)
+        keys = min(blocks.n, 64 if kind == "key_value" else 32)
+        blocks = Blocks(min(blocks.m, 64), keys, blocks.warps if d > 64 else 4, 1 if d > 128 else 2)
     if biased and not tma and m > 16:  # pointers to a block of the bias take two registers each
         blocks = Blocks(min(blocks.m, 32 if kind == "key_value" else 64), min(blocks.n, 32), 8 if d > 64 else 4, min(blocks.stages, 2))
     elif biased and d > 64 and kind != "key_value":
@@ -743,7 +744,8 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
         written, sums, written_rows = Out(len(allocs) - 2), (Out(len(allocs) - 1),), 0
         out_steps = (*[stride(s * value_d) for s in (heads * m * splits, m * splits, splits)], stride(value_d))
         lse_steps = (*[Size(s) for s in (heads * m * splits, m * splits, splits)], 1)
-    constants = Constants((("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("SAFE", a.bias is not None or (a.causal and (a.shift < 0 or splits > 1))),
+    safe = a.bias is not None or (a.causal and (a.shift < 0 or splits > 1))
+    constants = Constants((("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("SAFE", safe),
                            ("EMPTY", empty if splits == 1 else float("-inf")), ("PRECISION", _precision(a)), *head,
                            ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n)))
     launches = [Launch(forward_kernel, (programs, splits, 1),

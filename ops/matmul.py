@@ -433,7 +433,7 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
     """The plan with the kernels of :mod:`gemsmode.ops.persistent`, or None where they do not fit."""
     batch, m, n, k = product.sizes
     a, b, c, dtype = product.a, product.b, product.c, product.dtype
-    if product.summed or k == 0 or dtype.itemsize != 2 or a.meta.dtype.itemsize != 2 or n % 8:
+    if product.summed or k == 0 or dtype.itemsize != 2 or a.meta.dtype.itemsize != 2 or n % 8 or (c is not None and c.row != 0):
         return None
     shape = persistent.choose_shape(m, n, k, batch, call.target)
     if shape is None:
@@ -452,9 +452,9 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
     split = persistent.choose_split(shape, tiles, k, batch, call.target)
     programs = call.target.multiprocessors * shape.resident if not call.target.interpreted else 3
     c_ref: tuple[Any, ...] = () if c is None else (c.ref,)
-    s_c = (Size(0), Size(0), Size(0)) if c is None else (Size(c.batch), Size(c.row), c.column)
+    s_c = (Size(0), Size(0)) if c is None else (Size(c.batch), c.column)
     common = (("A_BY_ROWS", a_by_rows), ("B_BY_ROWS", b_by_rows), ("BLOCK_M", shape.m), ("BLOCK_N", shape.n), ("BLOCK_K", shape.k),
-              ("GROUP", persistent.GROUP), ("C_ROW", c is not None and c.row == 0))
+              ("GROUP", persistent.GROUP))
     sizes = (Size(batch), Size(m), n, Size(k))
     allocs: tuple[Alloc, ...] = (Alloc(product.shape, contiguous_strides(product.shape), dtype),)
     launches: tuple[Launch, ...] = ()
@@ -469,12 +469,12 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
         launches += (
             Launch(persistent.tile_kernel, (min(units, programs), 1, 1),
                    (Out(1), a.ref, b.ref, (), (), *sizes, Size(split.whole), last, Size(split.parts), Size(split.part_blocks), shape.n,
-                    a_stride, b_stride, (Size(0), Size(0), Size(0))), _constants(*common[:-1], ("C_ROW", False), ("PARTIAL", True),
-                                                                              ("SLICES", 4)), shape.warps, shape.stages),
+                    a_stride, b_stride, (Size(0), Size(0))), _constants(*common, ("PARTIAL", True), ("SLICES", 4)),
+                   shape.warps, shape.stages),
             Launch(persistent.finish_kernel, (split.rest, -(-shape.m // persistent.FINISH_ROWS), 1),
                    (Out(0), Out(1), c_ref, product.scale, Size(m), n, Size(split.whole), Size(split.parts), n, s_c),
-                   _constants(("C_ROW", c is not None and c.row == 0), ("BLOCK_M", shape.m), ("BLOCK_N", shape.n),
-                              ("ROWS", persistent.FINISH_ROWS), ("GROUP", persistent.GROUP))))
+                   _constants(("BLOCK_M", shape.m), ("BLOCK_N", shape.n), ("ROWS", persistent.FINISH_ROWS),
+                              ("GROUP", persistent.GROUP))))
     metas = {x.ref: x.meta for x in (a, b, c) if x is not None}
     moved = sum(meta.numel * meta.dtype.itemsize for meta in metas.values()) + batch * m * n * dtype.itemsize
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k, aligned=True)

@@ -1,11 +1,12 @@
 """Large products of 16-bit floats on GPUs with tensor memory access (TMA): persistent programs that write whole tiles.
 
-    out [B, M, N] = beta * c + alpha * (a [B, M, K] @ b [B, K, N])
+    out [B, M, N] = beta * c [B, 1, N] + alpha * (a [B, M, K] @ b [B, K, N])
 
 :func:`tile_kernel` runs on as many programs as fit the device at once, and each takes tile after tile. Tiles are read
 and written through tensor descriptors, made by each program on the device, so that no registers hold addresses. The
 loops over tiles and over K are flattened into one: the loads of the next tile are on their way while this one is
-finished. A batch is taken as more rows of one matrix, for which tiles must not cross its borders.
+finished. A batch is taken as more rows of one matrix, for which tiles must not cross its borders. What is added is a row
+(a bias): a matrix would be loaded ahead as the operands are, for which there is no shared memory.
 
 The last round seldom has a tile for every program. Where that costs more than it does to write and read partial
 results, its tiles are a second launch, in which K is split among the programs: each part is written in float32, and
@@ -18,7 +19,6 @@ Osama et al., "Stream-K: work-centric parallel decomposition for dense matrix-ma
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -45,11 +45,8 @@ def _halves(x):
 
 
 @triton.jit
-def _finished(b_acc, c, scale, s_c, i_batch, o_m, o_n, m, n, C_ROW: tl.constexpr):
-    """alpha * acc + beta * c; `scale` is () or (alpha, beta), `c` is () or a pointer. A beta of 0 does not read c.
-
-    C_ROW: c is the same for all rows.
-    """
+def _finished(b_acc, c, scale, s_c, i_batch, o_n, n):
+    """alpha * acc + beta * c; `scale` is () or (alpha, beta), `c` is () or a pointer. A beta of 0 does not read c."""
     if len(scale) == 2:
         b_acc = b_acc * tl.cast(scale[0], b_acc.dtype)
     if len(c) == 1:
@@ -58,20 +55,16 @@ def _finished(b_acc, c, scale, s_c, i_batch, o_m, o_n, m, n, C_ROW: tl.constexpr
             beta = tl.cast(scale[1], b_acc.dtype)
         p_c = c[0] + i_batch.to(tl.int64) * s_c[0]
         if beta != 0:
-            if C_ROW:
-                b_c = tl.load(p_c + o_n * s_c[2], mask=o_n < n, other=0.0)[None, :]
-            else:
-                o_c = o_m.to(tl.int64)[:, None] * s_c[1] + o_n[None, :] * s_c[2]
-                b_c = tl.load(p_c + o_c, mask=(o_m < m)[:, None] & (o_n < n)[None, :], other=0.0)
-            b_acc = b_acc + b_c.to(b_acc.dtype) * beta
+            b_c = tl.load(p_c + o_n * s_c[1], mask=o_n < n, other=0.0)
+            b_acc = b_acc + (b_c.to(b_acc.dtype) * beta)[None, :]
     return b_acc
 
 
 @triton.jit
-def _write(d_out, b_acc, c, scale, s_c, i_batch, row, o_m, first_n, at, m, n, dtype: tl.constexpr, C_ROW: tl.constexpr):
+def _write(d_out, b_acc, c, scale, s_c, i_batch, row, first_n, at, n, dtype: tl.constexpr):
     """Finish a slice of columns and write it at row `row` and column `at`."""
     o_n = first_n + tl.arange(0, b_acc.shape[1])
-    d_out.store([row, at], _finished(b_acc, c, scale, s_c, i_batch, o_m, o_n, m, n, C_ROW).to(dtype))
+    d_out.store([row, at], _finished(b_acc, c, scale, s_c, i_batch, o_n, n).to(dtype))
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -79,8 +72,8 @@ def _write(d_out, b_acc, c, scale, s_c, i_batch, row, o_m, first_n, at, m, n, dt
 
 @triton.jit
 def tile_kernel(p_out, p_a, p_b, c, scale, batch, m, n, k, first_tile, last_tile, parts, part_blocks, s_out, s_a, s_b, s_c,
-                A_BY_ROWS: tl.constexpr, B_BY_ROWS: tl.constexpr, C_ROW: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr):
+                A_BY_ROWS: tl.constexpr, B_BY_ROWS: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr):
     """The tiles from `first_tile` to `last_tile`, each over `parts` parts of K. Grid: any number of programs.
 
     s_a, s_b and s_out are the strides between rows of the matrices in memory: a by rows is [B * M, K], else [B * K, M];
@@ -131,26 +124,25 @@ def tile_kernel(p_out, p_a, p_b, c, scale, batch, m, n, k, first_tile, last_tile
         if PARTIAL:
             row = unit * BLOCK_M
             at = 0
-        rows = o_m + tl.arange(0, BLOCK_M)
         if SLICES == 1:
-            _write(d_out, b_acc, c, scale, s_c, i_batch, row, rows, o_n, at, m, n, dtype, C_ROW)
+            _write(d_out, b_acc, c, scale, s_c, i_batch, row, o_n, at, n, dtype)
         else:
             b_left, b_right = _halves(b_acc)
             if SLICES == 2:
-                _write(d_out, b_left, c, scale, s_c, i_batch, row, rows, o_n, at, m, n, dtype, C_ROW)
-                _write(d_out, b_right, c, scale, s_c, i_batch, row, rows, o_n + WIDTH, at + WIDTH, m, n, dtype, C_ROW)
+                _write(d_out, b_left, c, scale, s_c, i_batch, row, o_n, at, n, dtype)
+                _write(d_out, b_right, c, scale, s_c, i_batch, row, o_n + WIDTH, at + WIDTH, n, dtype)
             else:
                 b_0, b_1 = _halves(b_left)
-                _write(d_out, b_0, c, scale, s_c, i_batch, row, rows, o_n, at, m, n, dtype, C_ROW)
-                _write(d_out, b_1, c, scale, s_c, i_batch, row, rows, o_n + WIDTH, at + WIDTH, m, n, dtype, C_ROW)
+                _write(d_out, b_0, c, scale, s_c, i_batch, row, o_n, at, n, dtype)
+                _write(d_out, b_1, c, scale, s_c, i_batch, row, o_n + WIDTH, at + WIDTH, n, dtype)
                 b_2, b_3 = _halves(b_right)
-                _write(d_out, b_2, c, scale, s_c, i_batch, row, rows, o_n + 2 * WIDTH, at + 2 * WIDTH, m, n, dtype, C_ROW)
-                _write(d_out, b_3, c, scale, s_c, i_batch, row, rows, o_n + 3 * WIDTH, at + 3 * WIDTH, m, n, dtype, C_ROW)
+                _write(d_out, b_2, c, scale, s_c, i_batch, row, o_n + 2 * WIDTH, at + 2 * WIDTH, n, dtype)
+                _write(d_out, b_3, c, scale, s_c, i_batch, row, o_n + 3 * WIDTH, at + 3 * WIDTH, n, dtype)
 
 
 @triton.jit
-def finish_kernel(p_out, p_parts, c, scale, m, n, first_tile, parts, s_out, s_c, C_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr):
+def finish_kernel(p_out, p_parts, c, scale, m, n, first_tile, parts, s_out, s_c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  ROWS: tl.constexpr, GROUP: tl.constexpr):
     """Add up the parts of tiles and finish them: parts [tiles, parts, BLOCK_M, BLOCK_N]. Grid: (tiles, BLOCK_M / ROWS)."""
     i_tile = tl.program_id(0)
     i_batch, i_m, i_n = _place(first_tile + i_tile, tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
@@ -163,7 +155,7 @@ def finish_kernel(p_out, p_parts, c, scale, m, n, first_tile, parts, s_out, s_c,
         p += BLOCK_M * BLOCK_N
     o_m = i_m * BLOCK_M + o_row
     o_n = i_n * BLOCK_N + o_column
-    b_out = _finished(b_acc, c, scale, s_c, i_batch, o_m, o_n, m, n, C_ROW)
+    b_out = _finished(b_acc, c, scale, s_c, i_batch, o_n, n)
     p_row = p_out + (i_batch.to(tl.int64) * m + o_m)[:, None] * s_out
     tl.store(p_row + o_n[None, :], b_out.to(p_out.dtype.element_ty), mask=(o_m < m)[:, None] & (o_n < n)[None, :])
 

@@ -378,7 +378,8 @@ for _label, _sizes, _goal, _origin in (
     _kv = "B G S D" if "G" in _sizes else "B H S D"
     case(_label, "aten._scaled_dot_product_cudnn_attention.default",
          "F.scaled_dot_product_attention(q, k, v" + (", enable_gqa=True)" if "G" in _sizes else ")"), _sizes, group="attention", goal=_goal,
-         origin=_origin, bytes="q + k + v + out", flops="4 * B * H * S * D", rows=1, pinned=("D", "H", "G") if "G" in _sizes else ("D", "H"),
+         origin=_origin, bytes="q + k + v + out", flops="4 * B * H * S * D", rows=1,
+         pinned=("D", "H", "G") if "G" in _sizes else ("D", "H"),
          tiny=sized(B=1, H=4, S=64) | (sized(G=2) if "G" in _sizes else {}), q=T("B H 1 D"), k=T(_kv), v=T(_kv))
 
 

@@ -18,7 +18,7 @@ SIZES = {
     "square": (1, 2, 2, 64, 64, 64),
     "decode, split over keys": (1, 2, 1, 1, 1100, 24),
     "few queries": (1, 2, 1, 7, 200, 80),
-    "more queries than keys": (2, 2, 2, 150, 130, 32),
+    "more queries than keys": (1, 1, 1, 150, 130, 32),
 }
 
 
@@ -27,6 +27,12 @@ def reference(q, k, v, causal, mask, scale):
     group = q.shape[1] // k.shape[1]
     return scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1),
                                         attn_mask=None if mask is None else mask.double(), is_causal=causal, scale=scale)
+
+
+@pytest.fixture(autouse=True)
+def every_class_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is left to PyTorch for its speed."""
+    monkeypatch.setenv("GEMSMODE_SLOWER", "serve")
 
 
 def served(function, *args, **kwargs):
@@ -90,3 +96,276 @@ def test_what_is_not_served_says_why() -> None:
         scaled_dot_product_attention(q, q, q)
     rows = [r for r in mode.report.to_dict()["ops"] if "attention" in r["overload"]]
     assert rows and all(r["decision"] == "pass" and "float64" in r["reason"] for r in rows)
+
+
+# -- the ops of CUDA, in the interpreter on CPU tensors ------------------------------------------------------------------
+
+
+def exact(q, k, v, causal=False, mask=None, scale=None, right=False):
+    """(output, log-sum-exp) in float64; a row without keys is 0."""
+    q, k, v = (t.double() for t in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores + mask.double()
+    m, n = scores.shape[-2:]
+    if causal:
+        seen = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m if right else 0)
+        scores = scores.masked_fill(~seen, -torch.inf)
+    dead = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+    return weights @ v.repeat_interleave(group, 1), torch.logsumexp(scores, -1)
+
+
+def inputs(batch, heads, groups, m, n, d, value_d=None, dtype=torch.bfloat16, device="cpu"):
+    generator = torch.Generator().manual_seed(m + n + d)
+    q = torch.randn(batch, m, heads, d, generator=generator).to(device, dtype).transpose(1, 2)
+    k = torch.randn(batch, groups, n, d, generator=generator).to(device, dtype)
+    v = torch.randn(batch, n, groups, value_d or d, generator=generator).to(device, dtype).transpose(1, 2)
+    grad = torch.randn(batch, m, heads, value_d or d, generator=generator).to(device, dtype).transpose(1, 2)
+    return q, k, v, grad
+
+
+def close(got, expected, dtype, factor=1.0):
+    assert (got.double() - expected).abs().max().item() <= factor * TOLERANCE[dtype]
+
+
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """How blocks are read: in the interpreter by pointers, unless asked for descriptors as a GPU that has them takes."""
+    from gemsmode.ops import attention
+
+    monkeypatch.setattr(attention, "IN_INTERPRETER", request.param)
+    return request.param
+
+
+CUDA_SIZES = {
+    "grouped, other head dimension of values": (2, 4, 2, 40, 48, 16, 24),
+    "decode of a group": (1, 4, 1, 1, 600, 24, 24),
+    "two blocks": (1, 1, 1, 130, 136, 32, 32),
+}
+
+
+def gradients(q, k, v, grad, **options):
+    values = [t.double().detach().requires_grad_() for t in (q, k, v)]
+    return torch.autograd.grad(exact(*values, **options)[0], values, grad.double())
+
+
+@pytest.mark.parametrize("mask", ["causal", "bias", "row of bias", "causal and bias"])
+@pytest.mark.parametrize("name", CUDA_SIZES)
+def test_cudnn_and_efficient_ops(name: str, mask: str, reading: bool, device: str) -> None:
+    if reading and (name != "two blocks" or "row" in mask):
+        pytest.skip("one size read through descriptors is enough")
+    batch, heads, groups, m, n, d, value_d = CUDA_SIZES[name]
+    dtype = torch.bfloat16 if len(mask) % 2 else torch.float16
+    if device == "cuda" and (groups != heads or d != value_d):
+        pytest.skip("not among what these ops take")
+    q, k, v, grad = inputs(batch, heads, groups, m, n, d, value_d, dtype, device)
+    causal, bias = "causal" in mask, None
+    if "row" in mask:
+        bias = torch.randn(n, device=device).to(dtype).expand(batch, 1, m, n)
+    elif "bias" in mask:
+        bias = torch.randn(batch, 1, m, n, device=device).to(dtype)
+        bias[..., :1, :] = -torch.inf
+        bias = bias.expand(batch, heads, m, n)
+    out, sums = exact(q, k, v, causal, bias, 0.3)
+    finite = sums.isfinite()
+    expected = gradients(q, k, v, grad, causal=causal, mask=bias, scale=0.3)
+
+    got = served(aten._scaled_dot_product_cudnn_attention, q, k, v, bias, True, 0.0, causal, scale=0.3)
+    close(got[0], out, dtype)
+    assert got[1].shape == (batch, heads, m, 1) and got[1].is_contiguous() and got[1].dtype == torch.float32
+    torch.testing.assert_close(got[1][..., 0].double()[finite], sums[finite], rtol=1e-2, atol=1e-2)
+    assert got[0].transpose(1, 2).is_contiguous() and got[2:4] == (None, None) and got[4:6] == (m, n) and got[8] is None
+    assert got[6].shape == got[7].shape == () and got[6].dtype == torch.int64
+    assert served(aten._scaled_dot_product_cudnn_attention, q, k, v, bias, False, 0.0, causal)[1] is None
+    grads = served(aten._scaled_dot_product_cudnn_attention_backward, grad, q, k, v, got[0], got[1], got[6], got[7], bias, None, None, m, n,
+                   0.0, causal, scale=0.3)
+    for mine, value, like in zip(grads, expected, (q, k, v)):
+        close(mine, value, dtype, 5)
+        assert mine.stride() == torch.empty_like(like).stride() and mine.dtype == dtype
+
+    got = served(aten._scaled_dot_product_efficient_attention, q, k, v, bias, True, 0.0, causal, scale=0.3)
+    close(got[0], out, dtype)
+    assert got[1].shape == (batch, heads, -(-m // 32) * 32) and (got[1][..., m:] == torch.inf).all()
+    torch.testing.assert_close(got[1][..., :m].double()[finite], sums[finite], rtol=1e-2, atol=1e-2)
+    assert served(aten._scaled_dot_product_efficient_attention, q, k, v, bias, False, 0.0, causal)[1].shape == (batch, heads, 0)
+    wanted = [True, True, True, mask in ("bias", "causal and bias")]
+    *grads, grad_bias = served(aten._scaled_dot_product_efficient_attention_backward, grad, q, k, v, bias, got[0], got[1], got[2], got[3],
+                               0.0, wanted, causal, scale=0.3)
+    for mine, value in zip(grads, expected):
+        close(mine, value, dtype, 5)
+        assert mine.transpose(1, 2).is_contiguous()
+    if not wanted[3]:
+        assert grad_bias is None
+    else:
+        variable = bias.double().detach().requires_grad_()
+        (value,) = torch.autograd.grad(exact(q, k, v, causal, variable, 0.3)[0], variable, grad.double())
+        close(grad_bias, value, dtype, 5)
+        assert grad_bias.shape == bias.shape and grad_bias.stride()[2:] == (-(-n // 16) * 16, 1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [(2, 4, 2, 40, 48, 16), (1, 2, 1, 1, 600, 24), (1, 1, 1, 150, 130, 64)], ids=str)
+def test_flash_ops(size: tuple[int, ...], causal: bool, device: str) -> None:
+    """The causal mask is aligned to the last query and key; what is [B, M, H, D] gives the same."""
+    q, k, v, grad = inputs(*size, dtype=torch.float16, device=device)
+    batch, heads, _, m, n, _ = size
+    out, sums = exact(q, k, v, causal, right=True)
+    got = served(aten._scaled_dot_product_flash_attention, q, k, v, 0.0, causal)
+    close(got[0], out, torch.float16)
+    finite = sums.isfinite()
+    torch.testing.assert_close(got[1].double()[finite], sums[finite], rtol=1e-2, atol=1e-2)
+    assert (got[1][~finite] == torch.inf).all() and (got[0].abs().sum(-1)[~finite] == 0).all()
+    assert got[0].stride() == q.stride() and got[1].shape == (batch, heads, m) and got[2:4] == (None, None) and got[4:6] == (m, n)
+    assert (got[6].shape, got[7].shape, got[8].shape) == ((2,), (), (0,)) and got[6].dtype == torch.uint64 and got[8].dtype == q.dtype
+    grads = served(aten._scaled_dot_product_flash_attention_backward, grad, q, k, v, got[0], got[1], None, None, m, n, 0.0, causal, got[6],
+                   got[7])
+    for mine, value, like in zip(grads, gradients(q, k, v, grad, causal=causal, right=True), (q, k, v)):
+        close(mine, value, torch.float16, 5)
+        assert mine.stride() == like.stride()
+
+    rows_first = [t.transpose(1, 2) for t in (q, k, v)]
+    again = served(aten._flash_attention_forward, *rows_first, None, None, m, n, 0.0, causal, False)
+    assert torch.equal(again[0].transpose(1, 2), got[0]) and torch.equal(again[1], got[1]) and len(again) == 5
+    others = served(aten._flash_attention_backward, grad.transpose(1, 2), *rows_first, again[0], again[1], None, None, m, n, 0.0, causal,
+                    again[2], again[3])
+    assert all(torch.equal(a.transpose(1, 2), b) for a, b in zip(others, grads))
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_efficient_ops_with_rows_first(kind: int, device: str) -> None:
+    q, k, v, grad = inputs(1, 2, 2, 40, 56, 32, dtype=torch.float16, device=device)
+    options = {"causal": kind != 0, "right": kind == 2}
+    out, _ = exact(q, k, v, **options)
+    rows_first = [t.transpose(1, 2) for t in (q, k, v)]
+    got = served(aten._efficient_attention_forward, *rows_first, None, None, None, None, None, 0.0, kind, True)
+    close(got[0].transpose(1, 2), out, torch.float16)
+    assert got[0].is_contiguous() and got[4:] == (40, 56)
+    grads = served(aten._efficient_attention_backward, grad.transpose(1, 2), *rows_first, None, got[0], None, None, 40, 56, got[1], 0.0,
+                   got[2], got[3], kind, False)
+    assert grads[3] is None
+    for mine, value in zip(grads, gradients(q, k, v, grad, **options)):
+        close(mine.transpose(1, 2), value, torch.float16, 5)
+        assert mine.is_contiguous()
+
+
+def test_overrideable_ops(device: str) -> None:
+    q, k, v, grad = inputs(1, 2, 2, 40, 56, 32, device=device)
+    bias = torch.randn(1, 2, 40, 56, dtype=torch.bfloat16, device=device)
+    got = served(aten._scaled_dot_product_fused_attention_overrideable, q, k, v, bias)
+    close(got[0], exact(q, k, v, mask=bias)[0], torch.bfloat16)
+    assert got[1].shape == (1, 2, 40) and got[4:6] == (40, 56)
+    grads = served(aten._scaled_dot_product_fused_attention_overrideable_backward, grad, q, k, v, bias, [True] * 4, got[0], got[1], None,
+                   None, 40, 56, 0.0, False, got[6], got[7])
+    for mine, value in zip(grads, gradients(q, k, v, grad, mask=bias)):
+        close(mine, value, torch.bfloat16, 5)
+    assert grads[3].stride() == bias.stride()
+
+
+def test_gradients_through_the_ops_of_cuda(device: str) -> None:
+    """Autograd calls the backward op with what the forward op returned."""
+    q, k, v, grad = (t.detach() for t in inputs(1, 2, 2, 40, 56, 32, device=device))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    with GemsMode(strict=True, trace=True) as mode:
+        out = aten._scaled_dot_product_cudnn_attention(*leaves, None, True, 0.0, True)[0]
+        grads = torch.autograd.grad(out, leaves, grad)
+    rows = [r["decision"] for r in mode.report.to_dict()["ops"] if "cudnn_attention" in r["overload"]]
+    assert rows == ["rule", "rule"]
+    for mine, value in zip(grads, gradients(q, k, v, grad, causal=True)):
+        close(mine, value, torch.bfloat16, 5)
+
+
+@pytest.mark.parametrize(("reason", "options"), [
+    ("dropout", {"dropout_p": 0.1}), ("a scale of -1.0", {"scale": -1.0}),
+])
+def test_reasons(reason: str, options: dict[str, float], device: str) -> None:
+    from support import decision
+
+    q = torch.randn(1, 2, 40, 32, dtype=torch.bfloat16, device=device)
+    made = decision(GemsMode(), "_scaled_dot_product_cudnn_attention", q, q, q, None, True, **options)
+    assert made.kind == "pass" and reason in str(made.reason)
+
+
+def test_the_backward_is_left_to_cudnn_where_it_takes_fewer_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemsmode.ops import measured
+    from gemsmode.plan import Decline
+    from gemsmode.target import Target
+
+    monkeypatch.delenv("GEMSMODE_SLOWER")
+    facts = {"m": 2048, "n": 2048, "d": 128, "itemsize": 2}
+    gpu = Target("cuda", "cuda", 90, present=False)
+    with pytest.raises(Decline, match="seven matrix products"):
+        measured.check_measured("attention", gpu, backward=True, **facts)
+    measured.check_measured("attention", gpu, backward=False, **facts)
+    measured.check_measured("attention", Target("cuda", "cuda", 80, present=False), backward=True, **facts)
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+def test_llama_forward_loss_and_gradients(device: str) -> None:
+    """Native and served calls mixed: the products and attention of a Llama, everything else PyTorch's own."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(device)
+    tokens = torch.randint(0, 96, (2, 24), device=device)
+
+    def step(**options):
+        model.zero_grad()
+        if options:
+            with GemsMode(strict=True, trace=True, **options) as mode:
+                result = model(tokens, labels=tokens)
+                result.loss.backward()
+            rows = mode.report.to_dict()["ops"]
+            assert any(r["decision"] == "rule" and ("mm" in r["overload"] or "attention" in r["overload"]) for r in rows), rows
+        else:
+            result = model(tokens, labels=tokens)
+            result.loss.backward()
+        return result.logits.detach(), result.loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+    expected = step()
+    for allow in (["mm", "bmm", "addmm", "*attention*"], ["mm", "*attention*_backward"]):
+        logits, loss, grads = step(allow=allow)
+        torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss, expected[1], rtol=1e-5, atol=1e-5)
+        for mine, value in zip(grads, expected[2]):
+            torch.testing.assert_close(mine, value, rtol=1e-3, atol=1e-5)
+
+
+# -- GPU sizes, compiled without a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:80", "cuda:100", "hip:gfx942"])
+def test_every_choice_compiles_without_spills(target: str, tmp_path, request: pytest.FixtureRequest) -> None:
+    from gpu_sizes import compile_calls, on_gpu
+
+    full = request.config.getoption("--full")
+    if target != "cuda:90" and not full:
+        pytest.skip("only with --full")
+    calls = []
+    number = on_gpu((), torch.int64)
+    for d in (32, 64, 80, 128, 256) if full else (128,):
+        for dtype in (torch.bfloat16, torch.float32) if full else (torch.bfloat16,):
+            q, k = on_gpu((4, 32, 2048, d), dtype), on_gpu((4, 8, 2048, d), dtype)
+            for causal in (False, True) if full else (True,):
+                calls.append(("aten._scaled_dot_product_cudnn_attention.default", (q, k, k, None, True, 0.0, causal, False, None)))
+            if dtype == torch.bfloat16 or d <= 128:
+                lse = on_gpu((4, 32, 2048, 1), torch.float32)
+                calls.append(("aten._scaled_dot_product_cudnn_attention_backward.default",
+                              (q, q, k, k, q, lse, number, number, None, None, None, 2048, 2048, 0.0, True, None)))
+            for m in (1, 50) if full else (1,):
+                few = on_gpu((4, 32, m, d), dtype)
+                calls.append(("aten._scaled_dot_product_cudnn_attention.default", (few, k, k, None, False, 0.0, False, False, None)))
+            if full:
+                for n in (2048, 2047):
+                    bias = on_gpu((4, 32, n, n), dtype)
+                    x = on_gpu((4, 32, n, d), dtype)
+                    calls.append(("aten._scaled_dot_product_efficient_attention.default", (x, x, x, bias, True, 0.0, False, None)))
+                    if dtype == torch.bfloat16 or d <= 128:
+                        calls.append(("aten._scaled_dot_product_efficient_attention_backward.default",
+                                      (x, x, x, x, bias, x, on_gpu((4, 32, 2048), torch.float32), number, number, 0.0, (True,) * 4, False,
+                                       None)))
+    assert compile_calls(calls, target, tmp_path) >= 6

@@ -337,7 +337,7 @@ for op, dtype, precision, args in json.loads(sys.argv[1]):
     decided = policy.handler(find_op(op)).decide(given, bind=False)
     assert decided.decision.kind == "rule", (op, decided.decision)
     for spec in plan.specs(decided.plan):
-        choice = (spec.kernel.__name__, spec.constants, spec.num_warps, spec.num_stages, spec.types[0])
+        choice = (spec.kernel.__name__, spec.constants, spec.num_warps, spec.num_stages, spec.types[0], spec.types[3])
         if choice in seen:
             continue
         seen.add(choice)
@@ -512,7 +512,8 @@ def test_persistent_batches(persistent: Any, device: str) -> None:
     check_tiles(torch.bmm, a, b)
     check_tiles(torch.bmm, a[:, :40], b)
     check_tiles(torch.bmm, normal(3, 96, 64, dtype=torch.bfloat16).transpose(1, 2), normal(3, 96, 128, dtype=torch.bfloat16))
-    check_tiles(lambda c, x, y: torch.baddbmm(c, x, y, beta=0.5), normal(3, 64, 128, dtype=torch.bfloat16), a, b)
+    for added in (normal(3, 1, 128, dtype=torch.bfloat16), normal(3, 64, 128, dtype=torch.bfloat16)):
+        check_tiles(lambda c, x, y: torch.baddbmm(c, x, y, beta=0.5), added, a, b)
 
 
 def test_what_descriptors_cannot_read_takes_the_other_kernel(persistent: Any) -> None:
@@ -520,7 +521,9 @@ def test_what_descriptors_cannot_read_takes_the_other_kernel(persistent: Any) ->
     assert kernels_of(aten.mm.default, a, b)[0] == "tile_kernel"
     assert kernels_of(aten.mm.default, a[:, :63], b[:63])[0] == "tile_kernel"
     check_tiles(torch.mm, a[:, :63], b[:63])
-    for x, y in ((normal(64, 81, dtype=torch.bfloat16)[:, :80], b), (sliced(a), b), (a, normal(80, 71, dtype=torch.bfloat16)), (a.float(), b.float())):
+    others = [(normal(64, 81, dtype=torch.bfloat16)[:, :80], b), (sliced(a), b), (a, normal(80, 71, dtype=torch.bfloat16)),
+              (a.float(), b.float())]
+    for x, y in others:
         assert "tile_kernel" not in kernels_of(aten.mm.default, x, y)
         check_tiles(torch.mm, x, y)
     # Tensors that do not start at a multiple of 16 bytes are known only when the call is made.
