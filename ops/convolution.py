@@ -243,7 +243,8 @@ def _depthwise(call: Call, operands: tuple[Arg, Arg, Arg], x: TensorMeta, weight
         raise Decline("more planes than programs")
     args = (Out(0), operands[0], operands[1], () if bias is None else (operands[2],), Size(images * area), extent(channels),
             tuple([Size(s) for s in view.sizes]), extent(channels), view.out_steps, view.out_strides, view.in_steps, view.in_strides,
-            tuple([Size(s) for s in view.in_sizes]), (*view.weight_steps, Size(weight.stride[0])), Size(1 if bias is None else bias.stride[0]))
+            tuple([Size(s) for s in view.in_sizes]), (*view.weight_steps, Size(weight.stride[0])),
+            Size(1 if bias is None else bias.stride[0]))
     taps = kind[0][0] * kind[1][0]
     constants = (("KIND", kind), ("MULTIPLE", channels // x.shape[1]), ("UNROLL", taps <= 25),
                  ("ACC", tl.float64 if x.dtype == torch.float64 else tl.float32), ("CHANNELS", in_channels_last), ("WIDE", wide),
@@ -276,7 +277,8 @@ def _patches(call: Call, x: TensorMeta, weight: TensorMeta, bias: TensorMeta | N
                 flops=2 * out.meta.numel * inner)
 
 
-def _output(x: TensorMeta, weight: TensorMeta, bias: TensorMeta | None, kind: Sequence[tuple[int, int, int, int]], groups: int) -> tuple[int, ...]:
+def _output(x: TensorMeta, weight: TensorMeta, bias: TensorMeta | None, kind: Sequence[tuple[int, int, int, int]],
+            groups: int) -> tuple[int, ...]:
     """The output's shape; kind is (kernel, stride, padding, dilation) of each dimension.
 
     Raises:

@@ -240,7 +240,8 @@ def _ticks(i, n, ALIGNED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def affine_grid_kernel(p_out, p_theta, n, sizes, strides, ALIGNED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def affine_grid_kernel(p_out, p_theta, n, sizes, strides, ALIGNED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+                       BLOCK: tl.constexpr):
     """Each element of [N, (D,) H, W, 2 or 3] is a row of theta times (x, y, (z,) 1). Grid: programs over n elements."""
     i_block = tl.program_id(0)
     if WIDE:

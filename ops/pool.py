@@ -21,7 +21,7 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.pointwise import convert
-from gemsmode.ops.promotion import FLOAT, TRITON
+from gemsmode.ops.promotion import FLOAT
 from gemsmode.ops.window import (
     UNROLLED,
     Dim,
@@ -36,7 +36,7 @@ from gemsmode.ops.window import (
     sum_plan,
     walk,
 )
-from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, stride
+from gemsmode.plan import Arg, Decline, Launch, Out, Plan, Size
 from gemsmode.predicates import dtype
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
@@ -176,11 +176,13 @@ def _max_2(p, o, m, position, best, where, at, dims, TAP: tl.constexpr, KIND: tl
         if N > 0:
             for t in tl.static_range(N):
                 i, _, ok = TAP(at[1], t, dims[1][2], KIND, 1)
-                best, where = _max_1(p, o + i * dims[1][0], m & ok, (position + i) * dims[0][2][0], best, where, at, dims, TAP, KIND, COUNTS)
+                best, where = _max_1(p, o + i * dims[1][0], m & ok, (position + i) * dims[0][2][0], best, where, at, dims, TAP, KIND,
+                                     COUNTS)
         else:
             for t in range(dims[1][1]):
                 i, _, ok = TAP(at[1], t, dims[1][2], KIND, 1)
-                best, where = _max_1(p, o + i * dims[1][0], m & ok, (position + i) * dims[0][2][0], best, where, at, dims, TAP, KIND, COUNTS)
+                best, where = _max_1(p, o + i * dims[1][0], m & ok, (position + i) * dims[0][2][0], best, where, at, dims, TAP, KIND,
+                                     COUNTS)
         return best, where
 
 
@@ -282,7 +284,8 @@ def max_window_kernel(p_out, indices, p_in, n_rows, n_columns, sizes, batch, out
             i = i // KIND[d][0]
         position = at[last] * KIND[last][1] - KIND[last][2] + i * KIND[last][3]
         for d in tl.static_range(1, len(dims)):
-            first = first * dims[len(dims) - 1 - d][1][0] + fixed_start(at[len(dims) - 1 - d], dims[len(dims) - 1 - d][1], KIND, len(dims) - 1 - d)
+            first = first * dims[len(dims) - 1 - d][1][0] + fixed_start(at[len(dims) - 1 - d], dims[len(dims) - 1 - d][1], KIND,
+                                                                        len(dims) - 1 - d)
             i = where
             for e in tl.static_range(len(dims) - 1 - d):
                 i = i // KIND[e][0]
@@ -414,7 +417,8 @@ def _spread(values: Sequence[int], rank: int, what: str) -> tuple[int, ...]:
 
 
 def windows(x: TensorMeta, rank: int, kernel: Sequence[int], step: Sequence[int], padding: Sequence[int],
-            dilation: Sequence[int] = (1,), ceil_mode: bool = False, count_padding: bool = True) -> tuple[tuple[Window, ...], tuple[int, ...]]:
+            dilation: Sequence[int] = (1,), ceil_mode: bool = False,
+            count_padding: bool = True) -> tuple[tuple[Window, ...], tuple[int, ...]]:
     """The windows of a pool over the last ``rank`` dimensions of ``x``, and the spatial sizes of its result.
 
     Raises:
@@ -531,8 +535,8 @@ def max_plan(call: Call, x: TensorMeta, pool: Pool, channels_last: bool, with_in
     view = walk(out, rank, [x])
     count = _product(pool.taps)
     strides = spatial_strides(x.stride, rank)
-    common = (Out(0), (Out(1),) if with_indices else (), Arg(0), *view.head(), view.steps(out.stride, rank), spatial_strides(out.stride, rank),
-              view.steps(x.stride, rank))
+    common = (Out(0), (Out(1),) if with_indices else (), Arg(0), *view.head(), view.steps(out.stride, rank),
+              spatial_strides(out.stride, rank), view.steps(x.stride, rank))
     dims: tuple[Any, ...]
     if pool.fixed and count <= UNROLLED:
         kernel = max_window_kernel
@@ -677,8 +681,9 @@ def mean_backward_plan(call: Call, grad: TensorMeta, x: TensorMeta, pool: Pool, 
         raise Decline("PyTorch rejects it: the gradient does not fit the input")
     divisor = pool.uniform if override is None else override
     tap = pool.cover if divisor is not None else pool.cover_mean_64 if x.dtype == torch.float64 else pool.cover_mean
-    return sum_plan(call, (Arg(0), grad), result(x.shape, x.dtype, channels_last), [Dim(t, p) for t, p in zip(pool.covers, pool.parameters)],
-                    tap, pool.kind, one, divisor or 1, pool.fixed)
+    dims = [Dim(t, p) for t, p in zip(pool.covers, pool.parameters)]
+    return sum_plan(call, (Arg(0), grad), result(x.shape, x.dtype, channels_last), dims, tap, pool.kind, one, divisor or 1,
+                    pool.fixed)
 
 
 @planned("aten.avg_pool2d.default", _FLOATING, family="pool", kernel=fixed_tap)

@@ -114,7 +114,8 @@ def _fractional(call: Call, rank: int) -> Plan:
     offsets = tuple([Size(d * step) for d in ((0, 1, 0) if flat else (2, 1, 0))])
     args = (Out(0), Out(1), Arg(0), Arg(3), *view.head(), view.steps(volumes.stride, 3), spatial_strides(volumes.stride, 3),
             view.steps(source.stride, 3), spatial_strides(source.stride, 3), view.steps(planes.stride, 3), offsets,
-            tuple([Size(s) for s in reversed(source.shape[lead:])]), tuple([Size(k) for k in reversed(volume((*x.shape[:lead], *kernel), 1)[lead:])]))
+            tuple([Size(s) for s in reversed(source.shape[lead:])]),
+            tuple([Size(k) for k in reversed(volume((*x.shape[:lead], *kernel), 1)[lead:])]))
     constants = (("ACC", tl.float64 if x.dtype == torch.float64 else tl.float32), ("CHANNELS", view.channels), ("WIDE", view.wide),
                  ("BLOCK_Y", tile.rows), ("BLOCK_X", tile.columns))
     return Plan(allocs, (Launch(fractional_kernel, view.grid(tile), args, Constants(constants), tile.warps),), (Out(0), Out(1)), metas,
@@ -197,8 +198,9 @@ def _unpool(call: Call, rank: int) -> Plan:
     view = walk(walked, rank, [index, planes])
     view = view._replace(wide=view.wide or out.meta.numel >= 2**31 - 2**17)
     tile = choose_tile(view.rows, view.columns, 2, call.target)
-    args = (Out(0), Arg(0), Arg(1), *view.head(), view.steps(x.stride, rank), spatial_strides(x.stride, rank), view.steps(index.stride, rank),
-            spatial_strides(index.stride, rank), view.steps(planes.stride, rank), Size(out.stride[-1]), Size(size))
+    args = (Out(0), Arg(0), Arg(1), *view.head(), view.steps(x.stride, rank), spatial_strides(x.stride, rank),
+            view.steps(index.stride, rank), spatial_strides(index.stride, rank), view.steps(planes.stride, rank),
+            Size(out.stride[-1]), Size(size))
     constants = (("CHANNELS", view.channels), ("WIDE", view.wide), ("BLOCK_Y", tile.rows), ("BLOCK_X", tile.columns))
     launch = Launch(unpool_kernel, view.grid(tile), args, Constants(constants), tile.warps, asserts=True)
     return Plan((out,), (launch,), Out(0), metas, bytes=x.numel * (8 + x.dtype.itemsize) + 2 * out.meta.numel * x.dtype.itemsize)

@@ -378,7 +378,8 @@ def gather_plan(call: Call, source: tuple[Arg | Out, TensorMeta], out: Alloc, di
     given = tuple([(s, 0, 0, d.parameters) for s, d in zip(spatial_strides(meta.stride, rank), reversed(dims))])
     constants = (("TAP", tap), ("KIND", kind), ("CHANNELS", view.channels), ("WIDE", view.wide),
                  ("BLOCK_Y", tile.rows), ("BLOCK_X", tile.columns))
-    args = (Out(0), ref, *view.head(), view.steps(out.stride, rank), spatial_strides(out.stride, rank), view.steps(meta.stride, rank), given)
+    args = (Out(0), ref, *view.head(), view.steps(out.stride, rank), spatial_strides(out.stride, rank),
+            view.steps(meta.stride, rank), given)
     moved = (n + min(n, meta.numel)) * out.dtype.itemsize
     return Plan((out,), (Launch(gather_kernel, view.grid(tile), args, Constants(constants), tile.warps),), Out(0), metas, bytes=moved)
 

@@ -15,7 +15,8 @@ aten = torch.ops.aten
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> None:
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any,
+             groups: int) -> None:
     check("convolution", x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
@@ -65,7 +66,8 @@ def test_patches_of_signals() -> None:
     ((6, 6, 2, 2), 2, 0, True, 1, "transposed"),
 ], ids=lambda value: str(value) if isinstance(value, str) else "")
 def test_the_rest_says_why(weight: tuple[int, ...], stride: int, padding: int, transposed: bool, groups: int, reason: str) -> None:
-    passes("convolution", randn(2, 6, 8, 8), randn(*weight), None, [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], groups, reason=reason)
+    passes("convolution", randn(2, 6, 8, 8), randn(*weight), None, [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], groups,
+           reason=reason)
 
 
 def test_pytorch_rejects() -> None:

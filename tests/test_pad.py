@@ -66,8 +66,9 @@ def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         image, volume = on_gpu((32, 64, 112, 112), dtype), on_gpu((4, 32, 16, 56, 56), dtype)
         for kind in ("reflection", "replication"):
-            calls += [(f"{kind}_pad2d", (image, (1, 1, 1, 1))), (f"{kind}_pad2d_backward", (on_gpu((32, 64, 114, 114), dtype), image, (1, 1, 1, 1))),
-                      (f"{kind}_pad3d", (volume, (1,) * 6)), (f"{kind}_pad3d_backward", (on_gpu((4, 32, 18, 58, 58), dtype), volume, (1,) * 6))]
+            calls += [(f"{kind}_pad2d", (image, (1, 1, 1, 1))), (f"{kind}_pad3d", (volume, (1,) * 6)),
+                      (f"{kind}_pad2d_backward", (on_gpu((32, 64, 114, 114), dtype), image, (1, 1, 1, 1))),
+                      (f"{kind}_pad3d_backward", (on_gpu((4, 32, 18, 58, 58), dtype), volume, (1,) * 6))]
     return calls
 
 

@@ -88,8 +88,8 @@ def test_composites_in_every_mode() -> None:
 
 
 # kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
-AVERAGES = ((3, 2, 1, False, True, None), (3, 2, 1, True, False, None), ((3, 2), (1, 3), (1, 0), True, True, None), (5, 3, 2, True, True, 7),
-            (2, 2, 0, False, True, None), (7, 2, 3, True, False, None))
+AVERAGES = ((3, 2, 1, False, True, None), (3, 2, 1, True, False, None), ((3, 2), (1, 3), (1, 0), True, True, None),
+            (5, 3, 2, True, True, 7), (2, 2, 0, False, True, None), (7, 2, 3, True, False, None))
 
 
 @pytest.mark.parametrize("window", AVERAGES, ids=str)
