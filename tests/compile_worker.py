@@ -66,12 +66,12 @@ def choose(specs: dict[Any, str], amount: str, target: str) -> list[Any]:
 
     - ``some``: each function that a kernel is made of once, and a fifth of the launch choices of each kernel;
     - ``few``: each kernel once, a twelfth of the functions, and a thirtieth of the launch choices;
-    - ``brief``: each kernel once, in the launch that compiles fastest, and the fourth of the functions whose turn it is.
-      Of sm_80 and sm_100, which differ least, each takes half of the kernels.
+    - ``brief``: each kernel once, in the launch that compiles fastest, and an eighth of the functions (all four targets
+      together half of them). Of sm_80 and sm_100, which differ least, each takes half of the kernels.
     """
     if amount == "full":
         return list(specs)
-    every_function, every_choice = {"some": (1, 5), "few": (12, 30), "brief": (len(TARGETS), 1 << 32)}[amount]
+    every_function, every_choice = {"some": (1, 5), "few": (12, 30), "brief": (2 * len(TARGETS), 1 << 32)}[amount]
     turn = TARGETS.index(target) if amount == "brief" and target in TARGETS else 0
     groups: dict[Any, list[Any]] = {}
     for spec in specs:
