@@ -510,6 +510,55 @@ case("upsample_nearest", "aten.upsample_nearest2d.vec", "F.interpolate(x, scale_
      group="vision", origin="Stable Diffusion's U-Net", goal=0.97, bytes="x + out", check="equal", pinned=("H", "W"), tiny=sized(B=1, C=2),
      x=T("B C H W"))
 
+
+def _vision(label: str, op: str, call: str, sizes: Mapping[str, int], origin: str, bytes: str = "x + out",
+            tiny: Mapping[str, int] | None = None, **more: Any) -> None:
+    """A case on images x, or on the gradients of y, what the setup makes of them; it must not be slower than eager."""
+    settings = {"goal": 0.97, "x": T("B C H W", grad="setup" in more), **more}
+    case(label, op, call, sizes, group="vision", origin=origin, bytes=bytes, pinned=("H", "W"), tiny=tiny or sized(B=1, C=2, H=28, W=28),
+         **settings)
+
+
+_HALVED, _DOUBLED = sized(B=32, C=128, H=112, W=112), sized(B=16, C=320, H=32, W=32)
+_BACKWARD = "torch.autograd.grad(y, x, g, retain_graph=True)[0]"
+
+
+def _backward_of(call: str) -> dict[str, str]:
+    return {"y": call, "g": "torch.randn_like(y)"}
+
+
+_vision("max_pool2d_backward", "aten.max_pool2d_with_indices_backward.default", _BACKWARD, _HALVED,
+        "ResNet's first pooling, twice the channels", bytes="2.25 * x", setup=_backward_of("F.max_pool2d(x, 3, 2, 1)"))
+_vision("max_pool2d 2x2", "aten.max_pool2d_with_indices.default", "F.max_pool2d(x, 2)", _HALVED, "VGG's pooling", bytes="x + 5 * out",
+        check="equal")
+_vision("avg_pool2d_backward", "aten.avg_pool2d_backward.default", _BACKWARD, _HALVED, "a halving pool", bytes="1.25 * x",
+        setup=_backward_of("F.avg_pool2d(x, 2)"))
+_vision("adaptive_avg_pool2d", "aten._adaptive_avg_pool2d.default", "F.adaptive_avg_pool2d(x, 7)", sized(B=64, C=512, H=28, W=28),
+        "VGG's classifier")
+_vision("upsample_bilinear2d", "aten.upsample_bilinear2d.vec", "F.interpolate(x, scale_factor=2, mode='bilinear')", _DOUBLED,
+        "a decoder of segmentations", tiny=sized(B=1, C=2))
+_vision("upsample_bilinear2d_backward", "aten.upsample_bilinear2d_backward.default", _BACKWARD, _DOUBLED, "a decoder of segmentations",
+        bytes="5 * x", setup=_backward_of("F.interpolate(x, scale_factor=2, mode='bilinear')"), tiny=sized(B=1, C=2))
+_vision("upsample_bicubic2d_aa", "aten._upsample_bicubic2d_aa.vec", "F.interpolate(x, (224, 224), mode='bicubic', antialias=True)",
+        sized(B=32, C=3, H=512, W=512), "resizing photographs for a ViT", dtypes=("f32",), tiny=sized(B=1, C=1, H=256, W=256))
+_vision("reflection_pad2d", "aten.reflection_pad2d.default", "F.pad(x, (1, 1, 1, 1), mode='reflect')", _HALVED, "style transfer",
+        check="equal")
+_vision("replication_pad2d", "aten.replication_pad2d.default", "F.pad(x, (1, 1, 1, 1), mode='replicate')", _HALVED, "a video decoder",
+        check="equal")
+_vision("pixel_shuffle", "aten.pixel_shuffle.default", "F.pixel_shuffle(x, 2)", sized(B=16, C=256, H=128, W=128), "super-resolution",
+        check="equal", tiny=sized(B=1, C=4, H=16, W=16))
+_vision("im2col", "aten.im2col.default", "F.unfold(x, 3, padding=1)", sized(B=32, C=64, H=56, W=56), "local attention", check="equal",
+        tiny=sized(B=1, C=2, H=14, W=14))
+_vision("col2im", "aten.col2im.default", "F.fold(columns, x.shape[-2:], 3, padding=1)", sized(B=32, C=64, H=56, W=56), "local attention",
+        bytes="10 * x", setup={"columns": "F.unfold(x, 3, padding=1).detach()"}, tiny=sized(B=1, C=2))
+case("patch embedding", "aten.convolution.default", "F.conv2d(x, w, b, 16)", sized(B=256, H=224, W=224, O=768), group="vision", goal=1.0,
+     origin="ViT-B/16", bytes="x + w + out", flops="6 * B * O * H * W", pinned=("H", "W"), tiny=sized(B=1, H=32, W=32, O=16),
+     x=T("B 3 H W"), w=T("O 3 16 16"), b=T("O"))
+for _kernel, _origin in ((3, "MobileNet"), (7, "ConvNeXt")):
+    case(f"depthwise {_kernel}x{_kernel}", "aten.convolution.default", f"F.conv2d(x, w, None, 1, {_kernel // 2}, 1, x.shape[1])",
+         sized(B=64, C=384, H=28, W=28), group="vision", origin=_origin, goal=1.0, bytes="x + w + out", pinned=("H", "W", "C"),
+         flops=f"2 * B * C * H * W * {_kernel * _kernel}", tiny=sized(B=1, C=4, H=14, W=14), x=T("B C H W"), w=T(f"C 1 {_kernel} {_kernel}"))
+
 case("adamw", "aten._foreach_addcdiv_.ScalarList", "optimizer.step()", sized(L=7, H=4096, I=11008, V=32000), group="optimizer",
      origin="the parameters of a 7-layer Llama-2", goal=1.0, check="none", tiny=sized(L=1, H=16, I=32, V=64),
      bytes="7 * size * (2 * V * H + L * (4 * H * H + 3 * H * I))",
