@@ -97,8 +97,8 @@ class CustomOp:
         if torch.compiler.is_compiling():
             return self.op(*args)
         for arg in args:
-            if arg.__class__ not in _PLAIN and isinstance(arg, torch.Tensor) and not _is_traced(arg):
-                return self.reference(*args)
+            if arg.__class__ not in _PLAIN and isinstance(arg, torch.Tensor):
+                return self.op(*args) if _is_traced(arg) else self.reference(*args)
         if _transforms() is not None:
             return self.reference(*args)
         modes = _len_torch_dispatch_stack()

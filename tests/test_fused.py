@@ -559,6 +559,8 @@ def test_tensors_without_data() -> None:
     with FakeTensorMode():
         y, total = fused.skip_rms_norm(torch.empty(3, 8, dtype=BF16), torch.empty(3, 8), 8, torch.empty(8))
         assert y.dtype == total.dtype == F32 and y.shape == (3, 8)
+    with GemsMode():  # the tensors are fake, their mode has ended
+        assert fused.silu_and_mul(y, total).shape == (3, 8)
     q = torch.empty(1, 3, 2, 8, device="meta").transpose(1, 2)
     angles = torch.empty(1, 3, 8, device="meta")
     assert fused.turn(q, q, angles, angles, None, False, True, True)[0].stride() == q.stride()
