@@ -64,13 +64,15 @@ CASES = {
 }
 
 
-def build(case: Case, full: bool) -> Any:
-    """The model in float32, on the CPU, without dropout."""
+def build(case: Case, full: bool, device: str) -> Any:
+    """The model in float32, without dropout."""
     torch.manual_seed(0)
     kind = getattr(transformers, case.model)
     path = os.environ.get(case.variable)
-    model = kind.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa") if path else kind(case.config(full))
-    return model.eval()
+    if path:
+        return kind.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
+    with torch.device(device):
+        return kind(case.config(full)).eval()
 
 
 def inputs(case: Case, model: Any, full: bool, device: str) -> dict[str, torch.Tensor]:
@@ -128,10 +130,10 @@ def test_forward_and_backward(name: str, device: str) -> None:
     dtype, higher = (case.dtype, torch.float32) if full else (torch.float32, torch.float64)
     # Beside errors that PyTorch's own ops have too, half a unit in the last place.
     slack = torch.finfo(dtype).eps
-    model = build(case, full)
+    model = build(case, full, device)
     given = inputs(case, model, full, device)
     with exact_products():
-        exact = run(case, model.to(device, higher), given)
+        exact = run(case, model.to(higher), given)
     model = model.to(dtype)
     own = errors(run(case, model, given), exact)
     for patched in (False, True):
@@ -155,7 +157,7 @@ def test_forward_and_backward(name: str, device: str) -> None:
 def test_generation(device: str) -> None:
     """Greedy tokens in float32 are those of PyTorch's own ops; with a cache that grows, patched and not."""
     case, full = CASES["llama"], device == "cuda"
-    model = build(case, full).to(device)
+    model = build(case, full, device)
     ids = inputs(case, model, full, device)["input_ids"][:, :32]
     count = 32 if full else 4
 
@@ -177,7 +179,7 @@ def test_generation(device: str) -> None:
 def test_inference_mode(name: str, device: str) -> None:
     """Under ``torch.inference_mode()`` composite ops arrive whole; results are those of ``no_grad``."""
     case, full = CASES[name], device == "cuda"
-    model = build(case, full).to(device, case.dtype if full else torch.float32)
+    model = build(case, full, device).to(case.dtype if full else torch.float32)
     gemsmode.patch(model)
     given = {k: v for k, v in inputs(case, model, full, device).items() if k != "labels"}
     with torch.no_grad():
