@@ -95,7 +95,7 @@ def _group_statistics(p_in, shift, i_split, splits, channels, spatial, c_stride,
         squares += deviation * deviation
         in_row = tl.cdiv(spatial, BLOCK_S)
         count += tl.minimum(channels - (t // in_row) * BLOCK_C, BLOCK_C) * tl.minimum(spatial - (t % in_row) * BLOCK_S, BLOCK_S)
-    n = count.to(ACC)
+    n = tl.cast(count, ACC)
     total = tl.sum(tl.sum(sums, axis=1), axis=0)
     square = tl.sum(tl.sum(squares, axis=1), axis=0) - total * (total / n)
     return n, centre + total / n, tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -432,15 +432,15 @@ def _fetch(ins, o_k, step, last, o_tile, m_k, nr, r_sizes, r_strides, OTHER: tl.
         i_outer = step // steps_a_row
         r_in = (step % steps_a_row) * BLOCK_R + o_tile
         o_0 = r_in * r_strides[0][0] + offset_of(i_outer, r_sizes[1:], r_strides[0][1:])
-        if len(ins) == 1:
-            o_r = (o_0,)
-        else:
+        if len(ins) == 2:
             o_r = (o_0, r_in * r_strides[1][0] + offset_of(i_outer, r_sizes[1:], r_strides[1][1:]))
-    else:
-        if len(ins) == 1:
-            o_r = (offset_of(r, r_sizes, r_strides[0]),)
         else:
+            o_r = (o_0,)
+    else:
+        if len(ins) == 2:
             o_r = (offset_of(r, r_sizes, r_strides[0]), offset_of(r, r_sizes, r_strides[1]))
+        else:
+            o_r = (offset_of(r, r_sizes, r_strides[0]),)
     b0 = tl.load(ins[0] + (o_k[0] + o_r[0]), mask=m, other=OTHER[0], eviction_policy=EVICT)
     if len(ins) == 1:
         return (b0,)
