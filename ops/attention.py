@@ -502,7 +502,9 @@ def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: b
         blocks = _rung(DECODE if m <= 16 else FORWARD_FEW if m <= 64 else FORWARD_TMA if tma else FORWARD, d)
     else:
         blocks = _rung(GRAD_KEY_VALUE if kind == "key_value" else GRAD_QUERY, d)
-    if target.backend == "hip" or not target.has_wgmma:
+    if target.backend == "hip" and kind != "forward" and d > 64:
+        blocks = Blocks(32, 32, 4, 1) if d <= 128 else Blocks(16, 16, 4, 1)
+    elif not target.has_wgmma and m > 16:
         # Operands of the tensor cores are held in registers there, so that blocks for two warp groups do not fit.
         keys = min(blocks.n, 64 if kind == "key_value" else 32)
         blocks = Blocks(min(blocks.m, 64), keys, blocks.warps if d > 64 else 4, 1 if d > 128 else 2)
