@@ -680,7 +680,7 @@ def _causal_lm_loss(module: torch.nn.Module) -> Forward | None:
     def loss_function(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items_in_batch: Any = None, ignore_index: int = -100,
                       shift_labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            shift_labels = torch.cat((labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)), -1)
         flat, targets = logits.reshape(-1, vocab_size), shift_labels.reshape(-1).to(logits.device)
         reduction = "mean" if num_items_in_batch is None else "sum"
         loss = fused.cross_entropy_loss(flat, targets, None, reduction, ignore_index, float32=True)
