@@ -16,14 +16,15 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.indexing import contiguous, copied
-from gemsmode.ops.layout import broadcast_shape, broadcast_strides, is_dense, preserved_strides
+from gemsmode.ops.layout import broadcast_shape, broadcast_strides, is_dense, output_strides, preserved_strides
 from gemsmode.ops.movement import read, same, wrap_dim
 from gemsmode.ops.pointwise import _strided, build, convert, power_of_2
 from gemsmode.ops.promotion import ALL, FLOAT, NUMERIC, TRITON, opmath
 from gemsmode.plan import Alloc, Arg, At, Decline, Launch, Num, Out, Plan, Size, contiguous_strides
-from gemsmode.predicates import dtype, dtype_name
-from gemsmode.registry import planned
+from gemsmode.predicates import dtype, dtype_name, where
+from gemsmode.registry import planned, rule
 from gemsmode.signature import Call, TensorMeta
+from gemsmode.target import current
 
 _SUPPORTED = dtype(*ALL)
 
@@ -112,7 +113,9 @@ def split_with_sizes_copy(call: Call) -> Plan:
     dim = wrap_dim(dim, x.ndim)
     if sum(sizes) != x.shape[dim] or any(s < 0 for s in sizes):
         raise Decline("PyTorch rejects it: the sizes do not add up")
-    allocs, launches, start = [], [], 0
+    allocs: list[Alloc] = []
+    launches: list[Launch] = []
+    start = 0
     for i, size in enumerate(sizes):
         shape = (*x.shape[:dim], size, *x.shape[dim + 1:])
         allocs.append(Alloc(shape, contiguous_strides(shape), x.dtype))
@@ -318,3 +321,63 @@ def functional_assert_async(call: Call) -> Plan:
     strides = preserved_strides(token)
     return Plan((Alloc(token.shape, strides, token.dtype),), (_asserted(x), *copied(call.target, Arg(2), token, Out(0), strides)), Out(0),
                 {Arg(0): x, Arg(2): token})
+
+
+# -- complex results: kernels see their parts --------------------------------------------------------------------------
+
+
+@triton.jit
+def polar_kernel(p_out, p_length, p_angle, n, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = (length[i] cos angle[i], length[i] sin angle[i]). Grid: blocks."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    length, angle = tl.load(p_length + o, mask=m).to(COMPUTE), tl.load(p_angle + o, mask=m).to(COMPUTE)
+    both = tl.interleave(length * tl.cos(angle), length * tl.sin(angle))
+    o_out = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    tl.store(p_out + o_out, both.to(p_out.dtype.element_ty), mask=o_out < 2 * n)
+
+
+@triton.jit
+def conjugate_kernel(p_out, p_x, n, BLOCK: tl.constexpr):
+    """Pairs of numbers, the second of each negated; n numbers. Grid: blocks."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.load(p_x + o, mask=o < n)
+    tl.store(p_out + o, tl.where(o % 2 == 1, -b, b), mask=o < n)
+
+
+def _block(n: int) -> int:
+    return min(power_of_2(n), 1 << 16 if current().interpreted else 1024)
+
+
+_same_floats = where("abs and angle of one dtype, float32 or float64",
+                     lambda call: call.args[0].dtype == call.args[1].dtype and call.args[0].dtype in (torch.float32, torch.float64))
+
+
+@rule("aten.polar.default", _same_floats, family="pointwise", priority=-100)
+def polar(abs: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Lengths and angles, broadcast together -> complex numbers."""
+    shape = broadcast_shape([tuple(abs.shape), tuple(angle.shape)])
+    strides = output_strides(shape, [TensorMeta.of(abs), TensorMeta.of(angle)])
+    out = torch.empty_strided(shape, strides, dtype=torch.complex64 if abs.dtype == torch.float32 else torch.complex128, device=abs.device)
+    n = out.numel()
+    if n:
+        def ordered(t: torch.Tensor) -> torch.Tensor:
+            # In the order of the result's memory.
+            return t if t.shape == out.shape and t.stride() == strides else torch.empty_strided(
+                shape, strides, dtype=t.dtype, device=t.device).copy_(t.expand(shape))
+
+        parts = [ordered(abs), ordered(angle)]
+        block = _block(n)
+        polar_kernel[(triton.cdiv(n, block),)](torch.view_as_real(out), *parts, n, COMPUTE=TRITON[abs.dtype], BLOCK=block)
+    return out
+
+
+@rule("aten._conj_copy.default", dtype(torch.complex64, torch.complex128), family="pointwise", priority=-100)
+def conj_copy(self: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy with negated imaginary parts."""
+    out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    n = 2 * out.numel()
+    if n:
+        parts = torch.view_as_real(self.resolve_conj().contiguous())
+        conjugate_kernel[(triton.cdiv(n, _block(n)),)](torch.view_as_real(out), parts, n, BLOCK=_block(n))
+    return out

@@ -93,6 +93,16 @@ def test_renorm(p: float) -> None:
         same(lambda d: torch.renorm(x.transpose(0, 2), p, d, 3.0), dim, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complex_parts(dtype: torch.dtype) -> None:
+    length, angle = torch.rand(4, 5, dtype=dtype, device=device()), torch.randn(4, 5, dtype=dtype, device=device()) * 3
+    for a, b in ((length, angle), (length.t(), angle.t()), (length.t(), angle[0, :4]), (length[:, :1], angle), (length[:0], angle[:0])):
+        same(torch.polar, a, b, tolerance=1e-6)
+    z = torch.complex(length, angle)
+    for t in (z, z.t(), z[:, ::2]):
+        same(aten._conj_copy, t)
+
+
 def test_assertions() -> None:
     one = torch.ones((), device=device())
     assert served(lambda: aten._assert_async(one)) is None
