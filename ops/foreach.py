@@ -141,6 +141,8 @@ def _declare(name: str, function: Any, overloads: Sequence[str], **constants: fl
             @planned(f"aten.{packet}.{overload}", family="optimizer", kernel=function, name=packet.strip("_"))
             def plan(call: Call) -> Plan:
                 given = [(_ROLE[p.type], i) for i, p in enumerate(parameters(call.op))]
+                if function is binary.sub and any(bool in map(type, a if isinstance(a, tuple) else (a,)) for a in call.args[1:]):
+                    raise Decline("PyTorch rejects it: subtraction of bools")
                 missing = function.arg_names[len(given):]
                 return _plan(call, function, [*given, *[("constant", constants[n]) for n in missing]])
 

@@ -589,7 +589,7 @@ def random_from(call: Call) -> Plan:
 
 @triton.jit
 def masked_scale(grad_output, mask, scale):
-    return tl.where(mask, grad_output * scale, 0.0)
+    return grad_output * (mask.to(grad_output.dtype) * scale)  # NaN stays where it was dropped, as in PyTorch
 
 
 @planned("aten.native_dropout.default", dtype(*FLOAT), family="random", kernel=dropout_kernel, by_value=("p",))
