@@ -35,6 +35,7 @@ from gemsmode import launch
 from gemsmode.handlers import Decision
 from gemsmode.registry import short_name
 from gemsmode.target import current
+from gemsmode.tracing.report import APART
 from perf import models, start
 from perf.cases import DTYPES, GROWING, Case, llama_parameters, shrunk
 from perf.measure import Context, Runnable, Stopwatch, Times
@@ -129,10 +130,10 @@ def decisions(call: Callable[[], Any], mode: gemsmode.GemsMode | None = None) ->
 
 
 def summary(calls: Sequence[tuple[Any, Decision, tuple[Any, ...]]]) -> list[Row]:
-    """The decisions over ``calls`` without views and allocations, equal ones counted together."""
+    """The decisions over ``calls`` that compute on the device, equal ones counted together."""
     rows: dict[tuple[str, str, str | None, str | None], int] = {}
     for op, decision, _ in calls:
-        if decision.kind != "view":
+        if decision.kind not in APART:
             key = short_name(op), decision.kind, decision.rule, decision.reason
             rows[key] = rows.get(key, 0) + 1
     return [{"overload": o, "kind": k, "rule": r, "reason": why, "calls": n} for (o, k, r, why), n in rows.items()]
@@ -451,7 +452,7 @@ class Runner:
             if provider not in ("gemsmode", "fastest"):
                 return []
             decided = decisions(prepared.call, self._around[provider]())  # type: ignore[arg-type]
-        return [f"{short_name(op)}: {d.kind} {d.rule or d.reason or ''}".strip() for op, d, _ in decided if d.kind != "view"]
+        return [f"{short_name(op)}: {d.kind} {d.rule or d.reason or ''}".strip() for op, d, _ in decided if d.kind not in APART]
 
     def _left_out(self, case: Case) -> str:
         """Why ``case`` cannot be run on this machine; empty if it can."""
