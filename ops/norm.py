@@ -119,35 +119,57 @@ def residual_added(x, skip, o_skip, mask, DTYPE: tl.constexpr):
 def norm_kernel(p_y, means, rstds, totals, p_x, skip, weight, bias, eps, n_rows, n, sizes, x_rows, skip_rows, columns,
                 x_columns, skip_columns, w_columns, b_columns, RMS: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
                 BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows that fit in a block, read and written once. `skip` is added first, and the sum left in `totals`. Grid: blocks of rows."""
-    o_row, _, m_row = locate(sizes, n_rows, BLOCK_R, True, WIDE)
+    """Rows that fit in a block, read and written once. `skip` is added first, and the sum left in `totals`.
+
+    A program takes every so many-th block of rows and loads the next one while it computes. Grid: programs.
+    """
     o_column = column_range(0, BLOCK_N, WIDE)
     m_column = o_column < n
-    mask = m_row[:, None] & m_column[None, :]
-    o_x = unravel(o_row, sizes, x_rows)[:, None] + unravel(o_column, columns, x_columns)[None, :]
-    # [BLOCK_R, BLOCK_N]
-    x = tl.load(p_x + o_x, mask=mask, other=0.0).to(ACC)
+    o_x = unravel(o_column, columns, x_columns)[None, :]
     if len(skip) == 1:
-        o_skip = unravel(o_row, sizes, skip_rows)[:, None] + unravel(o_column, columns, skip_columns)[None, :]
-        x = residual_added(x, skip, o_skip, mask, p_y.dtype.element_ty)
+        o_skip = unravel(o_column, columns, skip_columns)[None, :]
+    blocks = tl.cdiv(n_rows, BLOCK_R)
+    i_first = tl.program_id(0)
+    if WIDE:
+        i_first = i_first.to(tl.int64)
+    o_row = i_first * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = (o_row < n_rows)[:, None] & m_column[None, :]
+    # [BLOCK_R, BLOCK_N]
+    b_x = tl.load(p_x + unravel(o_row, sizes, x_rows)[:, None] + o_x, mask=mask, other=0.0)
+    if len(skip) == 1:
+        b_skip = tl.load(skip[0] + unravel(o_row, sizes, skip_rows)[:, None] + o_skip, mask=mask, other=0.0)
+    for i_block in range(i_first, blocks, tl.num_programs(0)):
+        x = b_x.to(ACC)
+        if len(skip) == 1:
+            x = (x + b_skip.to(ACC)).to(p_y.dtype.element_ty).to(ACC)
+        o_next = (i_block + tl.num_programs(0)) * BLOCK_R + tl.arange(0, BLOCK_R)
+        m_next = (o_next < n_rows)[:, None] & m_column[None, :]
+        b_x = tl.load(p_x + unravel(o_next, sizes, x_rows)[:, None] + o_x, mask=m_next, other=0.0)
+        if len(skip) == 1:
+            b_skip = tl.load(skip[0] + unravel(o_next, sizes, skip_rows)[:, None] + o_skip, mask=m_next, other=0.0)
+        o_row = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
+        m_row = o_row < n_rows
+        mask = m_row[:, None] & m_column[None, :]
+        o_y = (o_row * n)[:, None] + o_column[None, :]
         if len(totals) == 1:
-            tl.store(totals[0] + (o_row * n)[:, None] + o_column[None, :], x.to(totals[0].dtype.element_ty), mask=mask)
-    if not RMS:
-        mean = tl.sum(x, axis=1) / n
-        x = tl.where(mask, x - mean[:, None], 0.0)
-        # A mean far from zero was rounded in its sum; the mean of the centred values is not.
-        rest = tl.sum(x, axis=1) / n
-        variance = tl.sum(x * x, axis=1) / n - rest * rest
-        x = x - rest[:, None]
-        if len(means) == 1:
-            tl.store(means[0] + o_row, (mean + rest).to(means[0].dtype.element_ty), mask=m_row)
-    else:
-        variance = tl.sum(x * x, axis=1) / n
-    rstd = tl.rsqrt(variance + tl.cast(eps, ACC))
-    if len(rstds) == 1:
-        tl.store(rstds[0] + o_row, rstd.to(rstds[0].dtype.element_ty), mask=m_row)
-    y = affine(x * rstd[:, None], weight, bias, unravel(o_column, columns, w_columns), unravel(o_column, columns, b_columns), m_column)
-    tl.store(p_y + (o_row * n)[:, None] + o_column[None, :], y.to(p_y.dtype.element_ty), mask=mask)
+            tl.store(totals[0] + o_y, x.to(totals[0].dtype.element_ty), mask=mask)
+        if not RMS:
+            mean = tl.sum(x, axis=1) / n
+            x = tl.where(mask, x - mean[:, None], 0.0)
+            # A mean far from zero was rounded in its sum; the mean of the centred values is not.
+            rest = tl.sum(x, axis=1) / n
+            variance = tl.sum(x * x, axis=1) / n - rest * rest
+            x = x - rest[:, None]
+            if len(means) == 1:
+                tl.store(means[0] + o_row, (mean + rest).to(means[0].dtype.element_ty), mask=m_row)
+        else:
+            variance = tl.sum(x * x, axis=1) / n
+        rstd = tl.rsqrt(variance + tl.cast(eps, ACC))
+        if len(rstds) == 1:
+            tl.store(rstds[0] + o_row, rstd.to(rstds[0].dtype.element_ty), mask=m_row)
+        # From the first cache again for each block of rows: registers are dearer.
+        y = affine(x * rstd[:, None], weight, bias, unravel(o_column, columns, w_columns), unravel(o_column, columns, b_columns), m_column)
+        tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -387,6 +409,7 @@ class Runs:
 _LONGEST_BACKWARD = 8192  # with two sums, a weight and two operands a lane, longer rows of 4 bytes an element spill
 _WARPS_BACKWARD = ((2048, 4), (4096, 8), (1 << 30, 16))
 _WARPS_A_MULTIPROCESSOR = 16
+_WARPS_FORWARD = ((2048, 4), (4096, 8), (16384, 16), (1 << 30, 32))  # 16 elements a thread, of two blocks of rows at once
 
 
 def choose_runs(rows: Rows, itemsize: int, sums: bool, target: Target) -> Runs:
@@ -524,8 +547,11 @@ def plan_norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight
             sizes_argument(rows.column_sizes), rows.column_strides[1], skip_columns, *rows.column_strides[2:4])
     constants = (("RMS", rms), ("ACC", TRITON[acc]), ("WIDE", is_wide(*metas.values(), allocs[0].meta)), ("BLOCK_R", tile.rows),
                  ("BLOCK_N", tile.columns))
-    step = Launch(norm_loop_kernel if tile.loops else norm_kernel, (-(-rows.n_rows // tile.rows), 1, 1), args, constants,
-                  warps(tile.warps, call.target))
+    programs, width = -(-rows.n_rows // tile.rows), tile.warps
+    if not tile.loops:
+        width = ladder(_WARPS_FORWARD, tile.rows * tile.columns * acc.itemsize // 4)
+        programs = min(programs, 2 if call.target.interpreted else call.target.multiprocessors * max(32 // width, 1))
+    step = Launch(norm_loop_kernel if tile.loops else norm_kernel, (programs, 1, 1), args, constants, warps(width, call.target))
     return Plan(tuple(allocs), (step,), returns, metas, bytes=(2 + len(skips) + total) * x.numel * x.dtype.itemsize, flops=x.numel * 8)
 
 
