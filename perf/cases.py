@@ -557,7 +557,8 @@ case("patch embedding", "aten.convolution.default", "F.conv2d(x, w, b, 16)", siz
 for _kernel, _origin in ((3, "MobileNet"), (7, "ConvNeXt")):
     case(f"depthwise {_kernel}x{_kernel}", "aten.convolution.default", f"F.conv2d(x, w, None, 1, {_kernel // 2}, 1, x.shape[1])",
          sized(B=64, C=384, H=28, W=28), group="vision", origin=_origin, goal=1.0, bytes="x + w + out", pinned=("H", "W", "C"),
-         flops=f"2 * B * C * H * W * {_kernel * _kernel}", tiny=sized(B=1, C=4, H=14, W=14), x=T("B C H W"), w=T(f"C 1 {_kernel} {_kernel}"))
+         flops=f"2 * B * C * H * W * {_kernel * _kernel}", tiny=sized(B=1, C=4, H=14, W=14), x=T("B C H W"),
+         w=T(f"C 1 {_kernel} {_kernel}"))
 
 case("adamw", "aten._foreach_addcdiv_.ScalarList", "optimizer.step()", sized(L=7, H=4096, I=11008, V=32000), group="optimizer",
      origin="the parameters of a 7-layer Llama-2", goal=1.0, check="none", tiny=sized(L=1, H=16, I=32, V=64),
