@@ -82,6 +82,9 @@ def kind_for(case: Case) -> str:
 PASSING: dict[str, str] = {
     "as_strided_copy": "its samples give an offset into the storage, which no rule serves; test_overload calls it without",
     "as_strided_scatter": "as as_strided_copy",
+    **{f"nn_functional_conv{kind}": "transposed convolutions, and those of volumes, are cuDNN's"
+       for kind in ("3d", "_transpose1d", "_transpose2d", "_transpose3d")},
+    "nn_functional_conv2d": "its windows overlap, which is cuDNN's; test_convolution has those that are served",
 }
 """OpInfos none of whose samples a rule serves, and why."""
 
