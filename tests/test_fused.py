@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from gemsmode.ops import cross_entropy, fused, gates, rotary, skip_norm  # noqa:
 from gemsmode.ops import topk_softmax as experts  # noqa: E402
 
 BF16, F16, F32, F64, I64 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64
-DTYPES = (F32, F64, BF16, F16)
+DTYPES = (F64, BF16, F32, F16) if harness.OPTIONS.full or harness.OPTIONS.device == "cuda" else (F64, BF16)
 TOLERANCE = {F32: 2e-6, F64: 1e-13, BF16: 8e-3, F16: 1e-3}
 """Of the largest value of a result: a few units in the last place."""
 
@@ -302,7 +303,7 @@ def test_cross_entropy(shape: str, dtype: torch.dtype, device: str) -> None:
     if rows:
         target.view(-1)[1] = -100
     weight = torch.rand(37, device=device).to(dtype)
-    reductions = ("none", "mean", "sum") if dtype == F32 else ("mean",)
+    reductions = ("none", "mean", "sum") if dtype == F64 else ("mean",)
     for reduction, w, smoothing in itertools.product(reductions, (None, weight), (0.0, 0.1)):
         def ours(x: Any, w: Any, reduction: str = reduction, smoothing: float = smoothing) -> Any:
             return fused.cross_entropy_loss(x, target, w, reduction, -100, smoothing)
