@@ -13,7 +13,7 @@ current()  # must come before the first @triton.jit
 FAMILIES = ("unary", "activation", "binary", "ternary", "copy", "reduction", "scan", "sort", "search", "select", "unique",
             "softmax", "norm", "channel_norm", "loss", "movement", "pool", "unpool", "upsample", "pad", "fold", "convolution",
             "creation", "indexing", "scatter", "mask", "rearrange", "foreach", "amp", "random", "sampling", "attention", "matmul",
-            "fused")
+            "fused", "special")
 
 for _name in FAMILIES:
     importlib.import_module(f"{__name__}.{_name}")

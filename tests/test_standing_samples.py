@@ -204,6 +204,14 @@ UNDEFINED: dict[str, str] = {
     "gcd": "the absolute value of the smallest integer overflows",
     "lcm": "the absolute value of the smallest integer overflows",
     "log_sigmoid_backward": "its buffer is the forward's on a CPU and ignored on a GPU",
+    "special_airy_ai": "no digits are left of the phase", "special_bessel_j0": "as special_airy_ai",
+    "special_bessel_j1": "as special_airy_ai",
+    "special_bessel_y0": "as special_airy_ai", "special_bessel_y1": "as special_airy_ai",
+    "igamma": "PyTorch's expansions overflow for the largest numbers", "igamma_": "as igamma",
+    "igammac": "as igamma", "igammac_": "as igamma",
+    **{f"special_{name}": "PyTorch returns a variable that it has not set, if x is NaN" for name in (
+        *(f"{shift}chebyshev_polynomial_{kind}" for shift in ("", "shifted_") for kind in "tuvw"),
+        "hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p")},
 }
 """Ops whose results for extremal values are not PyTorch's to promise, and why."""
 
