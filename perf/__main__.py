@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer runs, no errors computed; without a GPU a sample of the cases")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further case after this long")
     parser.add_argument("--case-limit", type=float, default=90.0, metavar="SECONDS", help="give a case up after this long")
+    parser.add_argument("--clean", action="store_true", help="leave nothing in the L2 cache that is still to be written when a run begins")
     parser.add_argument("--scale", choices=("auto", "full", "tiny"), default="auto", help="tiny shrinks every size (auto: without a GPU)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --json FILE has and run the other cases")
     parser.add_argument("--merge", action="store_true", help="keep the rows that --json FILE has of cases that are not run")
@@ -187,7 +188,7 @@ def _run(chosen: Sequence[Case], providers: tuple[str, ...], options: argparse.N
     settings = Settings(providers, seconds=0.02 if options.quick or not on_gpu else 0.1, case_limit=options.case_limit,
                         budget=options.budget,
                         tiny=options.scale == "tiny" or (options.scale == "auto" and not on_gpu), check=not options.quick,
-                        growing=200 if options.quick else 1000)
+                        growing=200 if options.quick else 1000, clean=options.clean)
     started = options.started or time.time()
     kept = Results(options.json, options.resume, options.commit, options.merge, started)
     runner = Runner(settings)

@@ -1,9 +1,10 @@
 """How things are timed: device time by events with the L2 cache flushed, host time without waiting for the device.
 
-Device time: for each run a buffer larger than the L2 cache is written, then the call is made between two events. The
-queue is kept filled (by a sleep on the device, where the host needs longer than the device), so that no host time is
-seen. Providers take turns in rounds, so that a drift of clocks meets them all. Reported are the median and the
-distance from the 20th to the 80th percentile.
+Device time: for each run a buffer larger than the L2 cache is written, then the call is made between two events. What was
+written has to leave the cache while the call runs, as what an earlier kernel of a program wrote has to; ``clean=True``
+reads the buffer afterwards, so that a call is charged with its own traffic only. The queue is kept filled (by a sleep on
+the device, where the host needs longer than the device), so that no host time is seen. Providers take turns in rounds, so
+that a drift of clocks meets them all. Reported are the median and the distance from the 20th to the 80th percentile.
 
 Host time: the wall time of many calls in a row without waiting for the device, by call; the median of several rounds.
 
@@ -63,10 +64,11 @@ class Stopwatch:
     Args:
         device: a GPU, or the CPU, where wall time is taken.
         seconds: roughly how long the runs of one provider may take for one case.
+        clean: leave nothing in the cache that is still to be written to memory.
     """
 
-    def __init__(self, device: torch.device, seconds: float = 0.1) -> None:
-        self.device, self.seconds = device, seconds
+    def __init__(self, device: torch.device, seconds: float = 0.1, clean: bool = False) -> None:
+        self.device, self.seconds, self.clean = device, seconds, clean
         self.on_gpu = device.type != "cpu"
         self._module: Any = getattr(torch, device.type)
         if self.on_gpu:
@@ -81,9 +83,11 @@ class Stopwatch:
             self._module.synchronize(self.device)
 
     def flush(self) -> None:
-        """Write a buffer larger than the L2 cache, out of sight of any mode."""
+        """Write a buffer larger than the L2 cache (and read it, if ``clean``), out of sight of any mode."""
         with torch._C._DisableTorchDispatch():
             self._flush.zero_()
+            if self.clean:
+                torch.sum(self._flush.view(torch.int64))
 
     def _estimate(self, call: Callable[[], Any]) -> float:
         """Microseconds that ``call`` takes on the device, roughly."""

@@ -52,7 +52,8 @@ def tables(result: Mapping[str, Any]) -> str:
     e, rows = result["environment"], [r for r in result["rows"] if not r.get("error") and not r.get("skipped")]
     commits = list(dict.fromkeys(r.get("commit", e["commit"]) for r in rows))
     lines = [f"One {e['gpu']}, driver {e['driver']}, torch {e['torch']}, triton {e['triton']}, gemsmode at {', '.join(commits)}; device "
-             "time (of models wall time), median, L2 flushed, eager in the same run."]
+             f"time (of models wall time), median, L2 flushed{' and clean' * any(r.get('clean_cache') for r in rows)}, eager in the "
+             "same run."]
     others = others_of(rows)
     head = ["case", "eager", "gemsmode", "ratio", *(NAMES.get(p, p) for p in others)]
     lines += ["", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]

@@ -276,6 +276,7 @@ class Settings:
         tiny: shrink sizes, as a machine without a GPU needs it.
         check: compute errors.
         growing: how many growing sizes are tried.
+        clean: leave nothing in the L2 cache that is still to be written to memory when a run begins.
     """
 
     providers: tuple[str, ...] = ("eager", "gemsmode")
@@ -285,6 +286,7 @@ class Settings:
     tiny: bool = False
     check: bool = True
     growing: int = len(GROWING)
+    clean: bool = False
 
 
 @contextlib.contextmanager
@@ -338,7 +340,7 @@ class Runner:
     def __init__(self, settings: Settings, device: torch.device | None = None) -> None:
         self.settings = settings
         self.device = device or default_device()
-        self.watch = Stopwatch(self.device, settings.seconds)
+        self.watch = Stopwatch(self.device, settings.seconds, settings.clean)
         self._peaks: dict[str, float] = {}
         self._around: dict[str, Context] = {}
         self.unavailable: dict[str, str] = {}
@@ -405,7 +407,8 @@ class Runner:
                     "sizes": dict(case.sizes),
                     "inputs": {name: f"{t.dims}{' transposed' if t.layout else ''}" for name, t in case.inputs.items()},
                     "origin": case.origin, "goal": case.goal, "bytes_counted": case.bytes, "flops_counted": case.flops,
-                    "scaled_down": self.settings.tiny, "device": str(self.device), "error": None, "skipped": None, "providers": {}}
+                    "scaled_down": self.settings.tiny, "clean_cache": self.settings.clean, "device": str(self.device), "error": None,
+                    "skipped": None, "providers": {}}
         row.update({k: v for k, v in environment().items() if k in ("gpu", "torch", "triton", "driver", "gemsmode", "commit")})
         row["at"] = time.time()
         start = time.perf_counter()
