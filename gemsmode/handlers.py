@@ -303,8 +303,13 @@ class OpHandler:
             if exotic := _exotic(args):
                 # Not kept: a plain tensor of the same metadata has the same key.
                 return self._passing(exotic)
-            decided = self.decide(tuple([describe(a) for a in args]))
+            decided = self.decided.get(key)
+            if decided is None:
+                decided = self.decide(tuple([describe(a) for a in args]))
+            elif not decided.provisional:
+                return decided  # another thread's, in the meantime
             if self.policy.chooser is not None and decided.decision.kind == "rule":
+                decided.provisional = False
                 decided = self.policy.chooser.choose(self, args, decided)
             if len(self.decided) >= MAX_PLANS:
                 oldest = next(iter(self.decided))
@@ -498,11 +503,7 @@ class OpHandler:
                    for r, o in zip(results, outs)):
                 return self._refuse(*args)
             for out, result in zip(outs, results):
-                if out.shape != result.shape:
-                    _resize_output(out, result.shape)
-                    if out.stride() != result.stride():
-                        out.as_strided_(result.shape, result.stride())
-                out.copy_(result)
+                _put(out, result)
             return outs[0] if len(outs) == 1 else tuple(outs)
 
         return run_and_place
@@ -558,11 +559,7 @@ class OpHandler:
                 if not torch.can_cast(result.dtype, out.dtype) or (variant.inplace and out.shape != result.shape):
                     return self._refuse(*args)
             for out, result in zip(outs, results):
-                if out.shape != result.shape:
-                    _resize_output(out, result.shape)
-                    if out.stride() != result.stride() and TensorMeta.of(result).extent == result.numel():
-                        out.as_strided_(result.shape, result.stride())
-                out.copy_(result)
+                _put(out, result)
             return outs[0] if len(outs) == 1 else tuple(outs)
 
         return run
@@ -666,6 +663,15 @@ def _resize_output(out: torch.Tensor, shape: Sequence[int]) -> None:
     from torch._prims_common.wrappers import _maybe_resize_out
 
     _maybe_resize_out(out, tuple(shape))
+
+
+def _put(out: torch.Tensor, result: torch.Tensor) -> None:
+    """Copy ``result`` to ``out``, resized as PyTorch does; in the result's layout where that leaves no gaps."""
+    if out.shape != result.shape:
+        _resize_output(out, result.shape)
+        if out.stride() != result.stride() and TensorMeta.of(result).extent == result.numel():
+            out.as_strided_(result.shape, result.stride())
+    out.copy_(result)
 
 
 def _same(value: Any, default: Any) -> bool:

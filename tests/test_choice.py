@@ -19,6 +19,7 @@ from support import Spy, decision, skip_without_cuda
 import gemsmode
 from gemsmode import GemsMode, choice, cli, doctor
 from gemsmode.choice import Choice, Chooser, DeviceTimer, Entry, Store, Timing, WallTimer, signature
+from gemsmode.handlers import OpHandler
 from gemsmode.registry import find_op
 from gemsmode.signature import describe
 from gemsmode.tracing import Report
@@ -211,6 +212,21 @@ def test_not_under_capture_but_later(x: torch.Tensor, spy: Spy, monkeypatch: pyt
     with mode:
         torch.exp(x)  # a choice that is known holds
     assert timer.seen == 1 and spy.take() == []
+
+
+def test_a_call_that_waits_to_be_timed_is_planned_once(x: torch.Tensor, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, decide = [], OpHandler.decide
+
+    def counted(handler: OpHandler, *args: Any, **kwargs: Any) -> Any:
+        planned.append(str(handler.op))
+        return decide(handler, *args, **kwargs)
+
+    monkeypatch.setattr(OpHandler, "decide", counted)
+    monkeypatch.setattr(choice, "_untimed", lambda target: "a CUDA graph is being captured")
+    with mode_with(FakeTimer(2.0, 1.0), spy):
+        for _ in range(3):
+            torch.exp(x)
+    assert spy.take() == ["aten.exp.default"] * 3 and planned == ["aten.exp.default"]
 
 
 def test_not_under_a_profiler_nor_while_memory_is_traced(x: torch.Tensor, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
