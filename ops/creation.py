@@ -19,7 +19,7 @@ from gemsmode.ops.promotion import ALL, opmath
 from gemsmode.plan import Decline, Num, Plan, contiguous_strides
 from gemsmode.predicates import Predicate, dtype_name
 from gemsmode.registry import planned
-from gemsmode.signature import Call, TensorMeta
+from gemsmode.signature import Call, TensorMeta, parameters
 
 
 def _plain(call: Call) -> tuple[bool, str]:
@@ -366,9 +366,10 @@ def bartlett(index, last):
     return 1.0 - tl.abs(2.0 * index / last - 1.0)
 
 
-def _window(call: Call, function: Any, periodic: bool, *numbers: int) -> Plan:
-    """``last``: the index at which the window would close; a periodic one stops before it."""
+def _window(call: Call, function: Any, *numbers: int) -> Plan:
+    """A window of ``function``; a periodic one (the overloads that do not say are) stops before the point at which it would close."""
     n = call["window_length"]
+    periodic = call["periodic"] if any(p.name == "periodic" for p in parameters(call.op)) else True
     dtype = call["dtype"] or torch.get_default_dtype()
     if n < 0 or not dtype.is_floating_point or n >= 2**24:
         raise Decline("PyTorch rejects it: a negative length or a dtype that is not floating")
@@ -381,46 +382,26 @@ def _window(call: Call, function: Any, periodic: bool, *numbers: int) -> Plan:
     return build(call, function, [index, _number(n if periodic else n - 1, compute), *more], [_checked(dtype)], shape, (1,))
 
 
-@planned("aten.hann_window.default", _PLAIN, family="creation", kernel=hann, state=_STATE)
+@planned(["aten.hann_window.default", "aten.hann_window.periodic"], _PLAIN, family="creation", kernel=hann, state=_STATE)
 def hann_window(call: Call) -> Plan:
-    return _window(call, hann, True)
+    return _window(call, hann)
 
 
-@planned("aten.hann_window.periodic", _PLAIN, family="creation", kernel=hann, state=_STATE)
-def hann_window_periodic(call: Call) -> Plan:
-    return _window(call, hann, call["periodic"])
-
-
-@planned("aten.hamming_window.default", _PLAIN, family="creation", kernel=hamming, state=_STATE)
+@planned(["aten.hamming_window.default", "aten.hamming_window.periodic"], _PLAIN, family="creation", kernel=hamming, state=_STATE)
 def hamming_window(call: Call) -> Plan:
-    return _window(call, hamming, True)
-
-
-@planned("aten.hamming_window.periodic", _PLAIN, family="creation", kernel=hamming, state=_STATE)
-def hamming_window_periodic(call: Call) -> Plan:
-    return _window(call, hamming, call["periodic"])
+    return _window(call, hamming)
 
 
 @planned("aten.hamming_window.periodic_alpha_beta", _PLAIN, family="creation", kernel=cosine_window, state=_STATE)
 def hamming_window_alpha_beta(call: Call) -> Plan:
-    return _window(call, cosine_window, call["periodic"], 2, 3)
+    return _window(call, cosine_window, 2, 3)
 
 
-@planned("aten.blackman_window.default", _PLAIN, family="creation", kernel=blackman, state=_STATE)
+@planned(["aten.blackman_window.default", "aten.blackman_window.periodic"], _PLAIN, family="creation", kernel=blackman, state=_STATE)
 def blackman_window(call: Call) -> Plan:
-    return _window(call, blackman, True)
+    return _window(call, blackman)
 
 
-@planned("aten.blackman_window.periodic", _PLAIN, family="creation", kernel=blackman, state=_STATE)
-def blackman_window_periodic(call: Call) -> Plan:
-    return _window(call, blackman, call["periodic"])
-
-
-@planned("aten.bartlett_window.default", _PLAIN, family="creation", kernel=bartlett, state=_STATE)
+@planned(["aten.bartlett_window.default", "aten.bartlett_window.periodic"], _PLAIN, family="creation", kernel=bartlett, state=_STATE)
 def bartlett_window(call: Call) -> Plan:
-    return _window(call, bartlett, True)
-
-
-@planned("aten.bartlett_window.periodic", _PLAIN, family="creation", kernel=bartlett, state=_STATE)
-def bartlett_window_periodic(call: Call) -> Plan:
-    return _window(call, bartlett, call["periodic"])
+    return _window(call, bartlett)

@@ -614,14 +614,10 @@ def index_fill_tensor(call: Call) -> Plan:
     return put(call, written(call, True), make, SET)
 
 
-@planned("aten.index_reduce_.default", dtype(*NUMERIC, arg="self"), family="indexing", kernel=put_kernel, state=(deterministic,))
-def index_reduce_(call: Call) -> Plan:
-    """self, dim, index, source, reduce (prod, mean, amax, amin), include_self."""
-    return _reduced(call, _slices(call, 3, one_of(call.args[0])), call["reduce"], call["include_self"])
-
-
-@planned("aten.index_reduce.default", dtype(*NUMERIC, arg="self"), family="indexing", kernel=put_kernel, state=(deterministic,))
+@planned(["aten.index_reduce.default", "aten.index_reduce_.default"], dtype(*NUMERIC, arg="self"), family="indexing", kernel=put_kernel,
+         state=(deterministic,))
 def index_reduce(call: Call) -> Plan:
+    """self, dim, index, source, reduce (prod, mean, amax, amin), include_self."""
     return _reduced(call, _slices(call, 3, one_of(call.args[0])), call["reduce"], call["include_self"])
 
 

@@ -300,16 +300,17 @@ def _checked(shape: Sequence[int], output: Sequence[int], rank: int) -> tuple[in
     return (*shape[:2], *output)
 
 
-def _forward(call: Call, rank: int, aligned: bool, factors: Sequence[float | None], wide: bool) -> tuple[TensorMeta, list[Scale], Alloc]:
+def _forward(call: Call, aligned: bool, factors: Sequence[float | None], wide: bool) -> tuple[TensorMeta, list[Scale], Alloc]:
+    """The input, a scale for each of ``factors`` (one a spatial dimension of the op) and the result."""
     x, output = call.args[:2]
-    shape = _checked(x.shape, output, rank)
+    shape = _checked(x.shape, output, len(factors))
     return x, scales(x.shape, output, factors, aligned, wide), result(shape, x.dtype, like_suggested(x))
 
 
-def _backward(call: Call, rank: int, aligned: bool, factors: Sequence[float | None], wide: bool,
+def _backward(call: Call, aligned: bool, factors: Sequence[float | None], wide: bool,
               channels_last: bool) -> tuple[TensorMeta, list[Scale], Alloc]:
     grad, output, size = call.args[:3]
-    shape = _checked(size, output, rank)
+    shape = _checked(size, output, len(factors))
     if grad.shape != shape:
         raise Decline("PyTorch rejects it: the gradient is not of the output's shape")
     found = scales(size, output, factors, aligned, wide)
@@ -330,145 +331,86 @@ _COPIED = dtype(*FLOAT, torch.uint8)
 _FLOATING = dtype(*FLOAT)
 
 
-def _nearest_plan(call: Call, rank: int, offset: float) -> Plan:
-    x, found, out = _forward(call, rank, False, call.args[2:], False)
+def _nearest_plan(call: Call, offset: float) -> Plan:
+    x, found, out = _forward(call, False, call.args[2:], False)
     dims = [Dim(1, s.parameters(False)) for s in found]
     return gather_plan(call, (Arg(0), x), out, dims, nearest_tap, (tl.float32, offset))
 
 
-def _nearest_backward(call: Call, rank: int, offset: float) -> Plan:
+def _nearest_backward(call: Call, offset: float) -> Plan:
+    factors = call.args[3:]
     # Of the volumes' results only the two-dimensional ones keep the gradient's format.
-    grad, found, out = _backward(call, rank, False, call.args[3:], False, rank == 2)
+    grad, found, out = _backward(call, False, factors, False, len(factors) == 2)
     dims = [Dim(s.readers(0.5), s.parameters(False)) for s in found]
     return sum_plan(call, (Arg(0), grad), out, dims, nearest_cover, (tl.float32, offset))
 
 
-@planned("aten.upsample_nearest1d.default", _COPIED, family="upsample", kernel=gather_kernel, by_value=("scales",))
-def upsample_nearest1d(call: Call) -> Plan:
-    return _nearest_plan(call, 1, 0.0)
+_SCALES = ("scales", "scales_d", "scales_h", "scales_w")
 
 
-@planned("aten.upsample_nearest2d.default", _COPIED, family="upsample", kernel=gather_kernel, by_value=("scales_h", "scales_w"))
-def upsample_nearest2d(call: Call) -> Plan:
-    return _nearest_plan(call, 2, 0.0)
+@planned(["aten.upsample_nearest1d.default", "aten.upsample_nearest2d.default", "aten.upsample_nearest3d.default"], _COPIED,
+         family="upsample", kernel=gather_kernel, by_value=_SCALES)
+def upsample_nearest(call: Call) -> Plan:
+    return _nearest_plan(call, 0.0)
 
 
-@planned("aten.upsample_nearest3d.default", _COPIED, family="upsample", kernel=gather_kernel, by_value=("scales_d", "scales_h", "scales_w"))
-def upsample_nearest3d(call: Call) -> Plan:
-    return _nearest_plan(call, 3, 0.0)
+@planned(["aten._upsample_nearest_exact1d.default", "aten._upsample_nearest_exact2d.default", "aten._upsample_nearest_exact3d.default"],
+         _COPIED, family="upsample", kernel=gather_kernel, by_value=_SCALES)
+def upsample_nearest_exact(call: Call) -> Plan:
+    return _nearest_plan(call, 0.5)
 
 
-@planned("aten._upsample_nearest_exact1d.default", _COPIED, family="upsample", kernel=gather_kernel, by_value=("scales",))
-def upsample_nearest_exact1d(call: Call) -> Plan:
-    return _nearest_plan(call, 1, 0.5)
+@planned(["aten.upsample_nearest1d_backward.default", "aten.upsample_nearest2d_backward.default",
+          "aten.upsample_nearest3d_backward.default"], _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=_SCALES)
+def upsample_nearest_backward(call: Call) -> Plan:
+    return _nearest_backward(call, 0.0)
 
 
-@planned("aten._upsample_nearest_exact2d.default", _COPIED, family="upsample", kernel=gather_kernel, by_value=("scales_h", "scales_w"))
-def upsample_nearest_exact2d(call: Call) -> Plan:
-    return _nearest_plan(call, 2, 0.5)
-
-
-@planned("aten._upsample_nearest_exact3d.default", _COPIED, family="upsample", kernel=gather_kernel,
-         by_value=("scales_d", "scales_h", "scales_w"))
-def upsample_nearest_exact3d(call: Call) -> Plan:
-    return _nearest_plan(call, 3, 0.5)
-
-
-@planned("aten.upsample_nearest1d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=("scales",))
-def upsample_nearest1d_backward(call: Call) -> Plan:
-    return _nearest_backward(call, 1, 0.0)
-
-
-@planned("aten.upsample_nearest2d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel,
-         by_value=("scales_h", "scales_w"))
-def upsample_nearest2d_backward(call: Call) -> Plan:
-    return _nearest_backward(call, 2, 0.0)
-
-
-@planned("aten.upsample_nearest3d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel,
-         by_value=("scales_d", "scales_h", "scales_w"))
-def upsample_nearest3d_backward(call: Call) -> Plan:
-    return _nearest_backward(call, 3, 0.0)
-
-
-@planned("aten._upsample_nearest_exact1d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=("scales",))
-def upsample_nearest_exact1d_backward(call: Call) -> Plan:
-    return _nearest_backward(call, 1, 0.5)
-
-
-@planned("aten._upsample_nearest_exact2d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel,
-         by_value=("scales_h", "scales_w"))
-def upsample_nearest_exact2d_backward(call: Call) -> Plan:
-    return _nearest_backward(call, 2, 0.5)
-
-
-@planned("aten._upsample_nearest_exact3d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel,
-         by_value=("scales_d", "scales_h", "scales_w"))
-def upsample_nearest_exact3d_backward(call: Call) -> Plan:
-    return _nearest_backward(call, 3, 0.5)
+@planned(["aten._upsample_nearest_exact1d_backward.default", "aten._upsample_nearest_exact2d_backward.default",
+          "aten._upsample_nearest_exact3d_backward.default"], _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=_SCALES)
+def upsample_nearest_exact_backward(call: Call) -> Plan:
+    return _nearest_backward(call, 0.5)
 
 
 # -- linear and cubic --------------------------------------------------------------------------------------------------
 
 
-def _interpolate(call: Call, rank: int, tap: Any, taps: int) -> Plan:
+def _interpolate(call: Call, tap: Any, taps: int) -> Plan:
     aligned = bool(call.args[2])
     wide = call.args[0].dtype == torch.float64
-    x, found, out = _forward(call, rank, aligned, call.args[3:], wide)
+    x, found, out = _forward(call, aligned, call.args[3:], wide)
     dims = [Dim(taps, s.parameters(wide)) for s in found]
     return sum_plan(call, (Arg(0), x), out, dims, tap, (_compute(x.dtype), aligned))
 
 
-def _interpolate_backward(call: Call, rank: int, cover: Any, reach: float, channels_last: bool = True) -> Plan:
+def _interpolate_backward(call: Call, cover: Any, reach: float, channels_last: bool = True) -> Plan:
     aligned = bool(call.args[3])
     wide = call.args[0].dtype == torch.float64
-    grad, found, out = _backward(call, rank, aligned, call.args[4:], wide, channels_last)
+    grad, found, out = _backward(call, aligned, call.args[4:], wide, channels_last)
     dims = [Dim(s.readers(reach), s.parameters(wide)) for s in found]
     return sum_plan(call, (Arg(0), grad), out, dims, cover, (_compute(grad.dtype), aligned))
 
 
-@planned("aten.upsample_linear1d.default", _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=("scales",))
-def upsample_linear1d(call: Call) -> Plan:
-    return _interpolate(call, 1, linear_tap, 2)
+@planned(["aten.upsample_linear1d.default", "aten.upsample_bilinear2d.default", "aten.upsample_trilinear3d.default"], _FLOATING,
+         family="upsample", kernel=window_sum_kernel, by_value=_SCALES)
+def upsample_linear(call: Call) -> Plan:
+    return _interpolate(call, linear_tap, 2)
 
 
-@planned("aten.upsample_bilinear2d.default", _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=("scales_h", "scales_w"))
-def upsample_bilinear2d(call: Call) -> Plan:
-    return _interpolate(call, 2, linear_tap, 2)
+@planned("aten.upsample_bicubic2d.default", _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=_SCALES)
+def upsample_bicubic(call: Call) -> Plan:
+    return _interpolate(call, cubic_tap, 4)
 
 
-@planned("aten.upsample_trilinear3d.default", _FLOATING, family="upsample", kernel=window_sum_kernel,
-         by_value=("scales_d", "scales_h", "scales_w"))
-def upsample_trilinear3d(call: Call) -> Plan:
-    return _interpolate(call, 3, linear_tap, 2)
+@planned(["aten.upsample_linear1d_backward.default", "aten.upsample_bilinear2d_backward.default",
+          "aten.upsample_trilinear3d_backward.default"], _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=_SCALES)
+def upsample_linear_backward(call: Call) -> Plan:
+    return _interpolate_backward(call, linear_cover, 1.0)
 
 
-@planned("aten.upsample_bicubic2d.default", _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=("scales_h", "scales_w"))
-def upsample_bicubic2d(call: Call) -> Plan:
-    return _interpolate(call, 2, cubic_tap, 4)
-
-
-@planned("aten.upsample_linear1d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=("scales",))
-def upsample_linear1d_backward(call: Call) -> Plan:
-    return _interpolate_backward(call, 1, linear_cover, 1.0)
-
-
-@planned("aten.upsample_bilinear2d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel,
-         by_value=("scales_h", "scales_w"))
-def upsample_bilinear2d_backward(call: Call) -> Plan:
-    return _interpolate_backward(call, 2, linear_cover, 1.0)
-
-
-@planned("aten.upsample_trilinear3d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel,
-         by_value=("scales_d", "scales_h", "scales_w"))
-def upsample_trilinear3d_backward(call: Call) -> Plan:
-    return _interpolate_backward(call, 3, linear_cover, 1.0)
-
-
-@planned("aten.upsample_bicubic2d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel,
-         by_value=("scales_h", "scales_w"))
-def upsample_bicubic2d_backward(call: Call) -> Plan:
-    return _interpolate_backward(call, 2, cubic_cover, 2.0, False)
+@planned("aten.upsample_bicubic2d_backward.default", _FLOATING, family="upsample", kernel=window_sum_kernel, by_value=_SCALES)
+def upsample_bicubic_backward(call: Call) -> Plan:
+    return _interpolate_backward(call, cubic_cover, 2.0, False)
 
 
 # -- antialiased -------------------------------------------------------------------------------------------------------
@@ -495,7 +437,7 @@ def _tables(found: Sequence[Scale], wide: bool) -> list[Alloc]:
 def _smooth(call: Call, support: int) -> Plan:
     aligned = bool(call.args[2])
     wide = call.args[0].dtype == torch.float64
-    x, found, out = _forward(call, 2, aligned, call.args[3:], wide)
+    x, found, out = _forward(call, aligned, call.args[3:], wide)
     kind = (_compute(x.dtype), aligned, support)
     dims = [Dim(math.ceil(support * max(s.value, 1.0)) * 2 + 1, s.parameters(wide, Out(1 + d))) for d, s in enumerate(found)]
     plan = sum_plan(call, (Arg(0), x), out, dims, smooth_tap, kind, fixed=False)
@@ -505,42 +447,40 @@ def _smooth(call: Call, support: int) -> Plan:
 def _smooth_backward(call: Call, support: int, channels_last: bool) -> Plan:
     aligned = bool(call.args[3])
     wide = call.args[0].dtype == torch.float64
-    grad, found, out = _backward(call, 2, aligned, call.args[4:], wide, channels_last)
+    grad, found, out = _backward(call, aligned, call.args[4:], wide, channels_last)
     kind = (_compute(grad.dtype), aligned, support)
     dims = [Dim(s.readers(support * max(s.value, 1.0) + 0.5), s.parameters(wide, Out(1 + d))) for d, s in enumerate(found)]
     plan = sum_plan(call, (Arg(0), grad), out, dims, smooth_cover, kind, fixed=False)
     return _with_sums(call, plan, found, _tables(found, wide), wide, kind)
 
 
-@planned("aten._upsample_bilinear2d_aa.default", _FLOATING, family="upsample", kernel=smooth_tap, by_value=("scales_h", "scales_w"))
+@planned("aten._upsample_bilinear2d_aa.default", _FLOATING, family="upsample", kernel=smooth_tap, by_value=_SCALES)
 def upsample_bilinear2d_aa(call: Call) -> Plan:
     return _smooth(call, 1)
 
 
-@planned("aten._upsample_bicubic2d_aa.default", _FLOATING, family="upsample", kernel=smooth_tap, by_value=("scales_h", "scales_w"))
+@planned("aten._upsample_bicubic2d_aa.default", _FLOATING, family="upsample", kernel=smooth_tap, by_value=_SCALES)
 def upsample_bicubic2d_aa(call: Call) -> Plan:
     return _smooth(call, 2)
 
 
-@planned("aten._upsample_bilinear2d_aa_backward.default", _FLOATING, family="upsample", kernel=smooth_cover,
-         by_value=("scales_h", "scales_w"))
+@planned("aten._upsample_bilinear2d_aa_backward.default", _FLOATING, family="upsample", kernel=smooth_cover, by_value=_SCALES)
 def upsample_bilinear2d_aa_backward(call: Call) -> Plan:
     return _smooth_backward(call, 1, True)
 
 
-@planned("aten._upsample_bicubic2d_aa_backward.default", _FLOATING, family="upsample", kernel=smooth_cover,
-         by_value=("scales_h", "scales_w"))
+@planned("aten._upsample_bicubic2d_aa_backward.default", _FLOATING, family="upsample", kernel=smooth_cover, by_value=_SCALES)
 def upsample_bicubic2d_aa_backward(call: Call) -> Plan:
     return _smooth_backward(call, 2, False)
 
 
 if hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):  # PyTorch 2.13 and later
 
-    @planned("aten._upsample_lanczos2d_aa.default", _FLOATING, family="upsample", kernel=smooth_tap, by_value=("scales_h", "scales_w"))
+    @planned("aten._upsample_lanczos2d_aa.default", _FLOATING, family="upsample", kernel=smooth_tap, by_value=_SCALES)
     def upsample_lanczos2d_aa(call: Call) -> Plan:
         return _smooth(call, 3)
 
     @planned("aten._upsample_lanczos2d_aa_backward.default", _FLOATING, family="upsample", kernel=smooth_cover,
-             by_value=("scales_h", "scales_w"))
+             by_value=_SCALES)
     def upsample_lanczos2d_aa_backward(call: Call) -> Plan:
         return _smooth_backward(call, 3, False)
