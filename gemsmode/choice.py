@@ -196,7 +196,7 @@ class DeviceTimer:
 
     def compare(self, rule: Callable[[], Any], native: Callable[[], Any], device: int) -> tuple[Timing, Timing]:
         calls = (rule, native)
-        with self._module.device(device), _no_collection():
+        with self._module.device(device), no_collection():
             for call in calls:  # compiles, makes handles and workspaces
                 call()
             # The stream's own work only: another thread may be capturing a graph.
@@ -255,7 +255,8 @@ class DeviceTimer:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running, so that it is not timed."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -18,12 +18,14 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from gemsmode.choice import no_collection
 
 Context = Callable[[], AbstractContextManager[Any]]
 """What a provider puts around calls: entering the mode, or nothing."""
@@ -161,7 +163,7 @@ class Stopwatch:
     def host_times(self, runnables: Mapping[str, Runnable], rounds: int = 11, number: int = 200) -> dict[str, Times]:
         """Host time by call of each of ``runnables``: ``number`` calls in a row, ``rounds`` times, taking turns."""
         seen: dict[str, list[float]] = {name: [] for name in runnables}
-        with _no_collection():
+        with no_collection():
             for i in range(rounds + 1):
                 for name, runnable in runnables.items():
                     call = runnable.call
@@ -183,7 +185,7 @@ class Stopwatch:
         for name, runnable in runnables.items():
             _, took = self.first(runnable)
             number[name] = round(min(max(2 * self.seconds / max(took, 1e-6), 1), 50))
-        with _no_collection():
+        with no_collection():
             for _ in range(rounds):
                 for name, runnable in runnables.items():
                     call = runnable.call
@@ -212,7 +214,7 @@ class Stopwatch:
     def each(self, calls: list[Callable[[], Any]]) -> list[float]:
         """Host microseconds of each of ``calls`` alone, in their order."""
         values = []
-        with _no_collection():
+        with no_collection():
             self.synchronize()
             for i, call in enumerate(calls):
                 start = time.perf_counter()
@@ -261,14 +263,3 @@ class Stopwatch:
         b = torch.randn(size, size, device=self.device).to(dtype)
         times = self.device_times({"mm": Runnable(lambda: torch.mm(a, b))})["mm"]
         return 2 * size**3 / (times.median * 1e-6)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemsmode import GemsMode, Registry, rule
-from gemsmode.handlers import Decided, Decision
+from gemsmode import GemsMode, Registry, registry, rule
+from gemsmode.handlers import Decided, Decision, Policy
 from gemsmode.registry import find_op
 
 
@@ -72,6 +72,23 @@ def decided(mode: GemsMode, name: str, *args: Any, **kwargs: Any) -> Decided:
 def decision(mode: GemsMode, name: str, *args: Any, **kwargs: Any) -> Decision:
     """What ``mode`` decides for ``name(*args, **kwargs)``."""
     return decided(mode, name, *args, **kwargs).decision
+
+
+def run(name: str, *args: Any) -> Any:
+    """The result of a call, which must be a rule's."""
+    op = find_op(name)
+    given = in_order(op, args, {})
+    found = Policy(registry.default, strict=True).handler(op).lookup(given)
+    assert found.decision.kind == "rule", found.decision.reason
+    return found.run(*given)
+
+
+def reason(name: str, *args: Any) -> str:
+    """Why a call passes through."""
+    op = find_op(name)
+    found = Policy(registry.default).handler(op).lookup(in_order(op, args, {})).decision
+    assert found.kind == "pass", found
+    return found.reason or ""
 
 
 def stack() -> list[Any]:

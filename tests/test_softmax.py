@@ -9,7 +9,7 @@ import harness
 import pytest
 import torch
 from gpu_sizes import compile_calls, on_gpu
-from support import in_order
+from support import in_order, reason, run
 
 import gemsmode
 from gemsmode import registry
@@ -33,23 +33,6 @@ def check(name: str, *args: Any) -> None:
     """The call is intercepted, and right by PyTorch's result or a float64 reference."""
     op = find_op(name)
     assert harness.check_call(op, in_order(op, args, {}), "reduction"), harness.label(op, args)
-
-
-def run(name: str, *args: Any) -> torch.Tensor:
-    """The result of a call, which must be a rule's."""
-    op = find_op(name)
-    given = in_order(op, args, {})
-    decided = Policy(registry.default, strict=True).handler(op).lookup(given)
-    assert decided.decision.kind == "rule", decided.decision.reason
-    return decided.run(*given)
-
-
-def reason(name: str, *args: Any) -> str:
-    """Why a call passes through."""
-    op = find_op(name)
-    decision = Policy(registry.default).handler(op).lookup(in_order(op, args, {})).decision
-    assert decision.kind == "pass", decision
-    return decision.reason or ""
 
 
 LAYOUTS = {
