@@ -45,6 +45,12 @@ class Spy:
         return calls
 
 
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal numbers where tensors are made by default, the same on every device: drawn on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cpu").to(device=torch.get_default_device(), dtype=dtype)
+
+
 class Counting(TorchDispatchMode):
     """An ordinary dispatch mode that counts the overloads it sees."""
 

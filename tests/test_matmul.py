@@ -13,6 +13,7 @@ from typing import Any
 
 import harness
 import pytest
+import support
 import torch
 
 import gemsmode
@@ -64,7 +65,7 @@ def check(function: Callable[..., Any], *args: Any, slack: float = 1.3) -> torch
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+    return support.normal(*shape, seed=seed + sum(shape), dtype=dtype)
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import in_order
+from support import in_order, normal
 
 import gemsmode
 from gemsmode import handlers, registry
@@ -100,12 +100,7 @@ ALL_OF_IT = ("aten.sum.default", "aten.mean.default", "aten.prod.default", "aten
 """Ops that reduce everything unless told otherwise."""
 
 
-def layouts(seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
+def layouts() -> dict[str, torch.Tensor]:
     return {
         "contiguous": normal(3, 5, 4, 7), "permuted": normal(7, 3, 4, 5).permute(1, 3, 2, 0),
         "channels_last": normal(3, 5, 4, 7).to(memory_format=torch.channels_last), "strided": normal(6, 10, 4, 14)[::2, ::2, :, ::2],
@@ -281,7 +276,7 @@ def test_index_of_everything_is_that_of_the_flattened_tensor() -> None:
 
 def test_variance_of_noise_on_a_large_mean() -> None:
     """1e6 + noise, whose squares float32 cannot tell apart; against float64 of the very same numbers."""
-    x = 1e6 + torch.randn(4, 100_003, generator=torch.Generator().manual_seed(0))
+    x = 1e6 + normal(4, 100_003)
     for y, dims in ((x, [1]), (x.t().contiguous(), [0]), (x, None), (x[0], [0])):
         var, mean = run("aten.var_mean.correction", y, dims)
         torch.testing.assert_close(var.double(), y.double().var(dims, correction=1), rtol=1e-6, atol=0)
@@ -292,7 +287,7 @@ def test_variance_of_noise_on_a_large_mean() -> None:
 @pytest.mark.parametrize("tile, splits", [((1, 64), 1), ((1, 64), 16), ((4, 1024), 7)])
 def test_variance_over_many_tiles(tile: tuple[int, int], splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduction, "choose", lambda *args: reduction.Schedule(*tile, splits))
-    x = 1e6 + torch.randn(3, 9001, generator=torch.Generator().manual_seed(1))
+    x = 1e6 + normal(3, 9001, seed=1)
     var, mean = run("aten.var_mean.correction", x, [1])
     torch.testing.assert_close(var.double(), x.double().var(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(mean.double(), x.double().mean(1), rtol=1e-7, atol=0)
@@ -317,7 +312,7 @@ def test_many_float16_ones() -> None:
 
 @pytest.mark.parametrize("d", FLOATS, ids=str)
 def test_long_rows(d: torch.dtype) -> None:
-    x = torch.randn(3, 131_073, generator=torch.Generator().manual_seed(0)).to(d)
+    x = normal(3, 131_073).to(d)
     for name in ("aten.sum.dim_IntList", "aten.amax.default", "aten.logsumexp.default", "aten.std.correction"):
         check(name, x, [1])
     check("aten.max.dim", x, 1, exact=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import in_order
+from support import in_order, normal
 
 import gemsmode
 from gemsmode import registry
@@ -58,22 +58,19 @@ def check(name: str, x: torch.Tensor, dim: int, **kwargs: Any) -> None:
             torch.testing.assert_close(mine.double(), right.to(mine.dtype).double(), rtol=rtol, atol=atol * scale, equal_nan=True)
 
 
-def sample(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-LAYOUTS = {
-    "contiguous": sample(3, 5, 4, 7), "permuted": sample(7, 3, 4, 5).permute(1, 3, 2, 0),
-    "channels_last": sample(3, 5, 4, 7).to(memory_format=torch.channels_last), "strided": sample(6, 10, 4, 14)[::2, ::2, :, ::2],
-    "expanded": sample(3, 1, 4, 1).expand(3, 5, 4, 7), "offset": sample(4, 5, 4, 7)[1:],
-}
+def layouts() -> dict[str, torch.Tensor]:
+    return {
+        "contiguous": normal(3, 5, 4, 7), "permuted": normal(7, 3, 4, 5).permute(1, 3, 2, 0),
+        "channels_last": normal(3, 5, 4, 7).to(memory_format=torch.channels_last), "strided": normal(6, 10, 4, 14)[::2, ::2, :, ::2],
+        "expanded": normal(3, 1, 4, 1).expand(3, 5, 4, 7), "offset": normal(4, 5, 4, 7)[1:],
+    }
 
 
 @pytest.mark.parametrize("name", SCANS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts())
 def test_each_dimension_of_any_layout(name: str, layout: str) -> None:
     for dim in (0, 1, 2, 3, -1):
-        check(name, LAYOUTS[layout], dim)
+        check(name, layouts()[layout], dim)
 
 
 @pytest.mark.parametrize("name", SCANS)
@@ -81,7 +78,7 @@ def test_each_dimension_of_any_layout(name: str, layout: str) -> None:
 def test_every_scheme_gives_the_same_answers(name: str, tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles far smaller than the rows: loops with a carry, chunks with totals, masks at every edge, inner and outer."""
     monkeypatch.setattr(scan, "choose", lambda *args: scan.Schedule(*tile))
-    x = sample(6, 13)
+    x = normal(6, 13)
     x[1, 6] = NAN
     x[2, 3:5] = INF
     x[3, :7] = -INF
@@ -110,7 +107,7 @@ def test_scheme_on_a_gpu(shape: tuple[int, ...], dim: int, inner: bool, launches
 
 @pytest.mark.parametrize("d", (*FLOATS, *INTS, torch.bool), ids=str)
 def test_dtypes(d: torch.dtype) -> None:
-    x = (sample(9, 37) * 3).to(d) if d != torch.bool else sample(9, 37) > 0
+    x = (normal(9, 37) * 3).to(d) if d != torch.bool else normal(9, 37) > 0
     for name, dim in itertools.product(SCANS, (0, 1)):
         try:
             find_op(name)(x, dim)
@@ -151,7 +148,7 @@ def test_log_sum_exp_of_extremes() -> None:
 
 @pytest.mark.parametrize("name", SCANS)
 def test_long_rows(name: str) -> None:
-    x = sample(2, 140_001)
+    x = normal(2, 140_001)
     if name == "aten.cumprod.default":
         x = 1 + x.double() * 1e-4  # in float32 the roundings of 140,000 factors show, in whichever order they are multiplied
     check(name, x, 1)
@@ -167,7 +164,7 @@ def test_long_sums_are_exact() -> None:
 
 def test_runs_repeat_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "choose", lambda *args: scan.Schedule(1, 1024, 8))
-    x = sample(20_000)
+    x = normal(20_000)
     first = run("aten.cumsum.default", x, 0)
     assert all(torch.equal(run("aten.cumsum.default", x, 0), first) for _ in range(2))
 
@@ -197,7 +194,7 @@ def test_in_place(tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -
     """The input is the result, also through a view whose neighbours must stay as they are."""
     monkeypatch.setattr(scan, "choose", lambda *args: scan.Schedule(*tile))
     for name, d in itertools.product(("aten.cumsum_.default", "aten.cumprod_.default"), (torch.float32, torch.int32, torch.float16)):
-        base = (sample(6, 22) * 2).to(d)
+        base = (normal(6, 22) * 2).to(d)
         mine, theirs = base.clone(), base.clone()
         for dim in (0, 1):
             view = mine[::2, 1::3]
@@ -207,7 +204,7 @@ def test_in_place(tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_out_is_written_where_it_is() -> None:
-    x = sample(4, 9)
+    x = normal(4, 9)
     base = torch.full((9, 8), 7.0)
     out = base[:, ::2].t()
     assert run("aten.cumsum.out", x, 1, out=out) is out
@@ -224,7 +221,7 @@ def test_out_is_written_where_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["cummax", "cummin"])
 def test_helpers_write_what_they_are_given(name: str) -> None:
-    x = sample(4, 9)
+    x = normal(4, 9)
     values, indices = torch.full((4, 9), NAN), torch.full((4, 9), -1)
     assert run(f"aten._{name}_helper.default", x, values, indices, 1) is None
     expected = getattr(torch, name)(x, 1)
@@ -232,7 +229,7 @@ def test_helpers_write_what_they_are_given(name: str) -> None:
 
 
 def test_under_a_mode() -> None:
-    x = sample(3, 40).requires_grad_()
+    x = normal(3, 40).requires_grad_()
     with gemsmode.GemsMode(strict=True, trace=True) as gems:
         y = x.cumsum(1).sum() + torch.cummax(x, 1).values.sum() + torch.logcumsumexp(x, 1).sum()
     text = str(gems.report)
