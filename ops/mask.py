@@ -113,11 +113,11 @@ def coordinates_kernel(p_out, p_mask, p_start, n, limit, sizes, step, dim_step, 
 
 
 @triton.jit
-def rest_kernel(p_out, p_total, n, width, fill, BLOCK: tl.constexpr):
-    """``fill`` after the first ``total * width`` of n elements. Grid: blocks."""
+def rest_kernel(p_out, p_total, n, width, rows, fill, BLOCK: tl.constexpr):
+    """``fill`` in the rows from ``total`` on; of n elements, the o-th is of row ``o // width % rows``. Grid: blocks."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b = tl.zeros((BLOCK,), tl.int64) + fill
-    tl.store(p_out + o, b, mask=(o < n) & (o >= tl.load(p_total) * width))
+    tl.store(p_out + o, b, mask=(o < n) & ((o // width) % rows >= tl.load(p_total)))
 
 
 def tile_of(n: int, target: Target) -> tuple[int, int]:
@@ -181,15 +181,16 @@ def nonzero(call: Call) -> Plan:
     """self -> the coordinates of its elements that are not zero, int64 [count, dimensions], stored by columns."""
     x = call.args[0]
     n, ndim = x.numel, x.ndim
+    least = 0 if ndim and call.target.device_type == "cpu" else 1  # the stride of columns that are empty
     if n == 0:
-        return Plan((Alloc((0, ndim), (1, 0) if ndim else (1, 1), torch.int64),), (), Out(0), {}, bytes=0)
+        return Plan((Alloc((0, ndim), (1, least), torch.int64),), (), Out(0), {}, bytes=0)
     flags, copies, copying = contiguous(call, 0, 1)
     scan = counted(call, flags, n, 1 + len(copies), Out(0))
     allocs = (_TOTAL, *copies, *scan.allocs)
 
     def then(values: list[int]) -> Plan:
         (count,) = values
-        out = Alloc((count, ndim), (1, count), torch.int64)
+        out = Alloc((count, ndim), (1, max(count, least)), torch.int64)
         metas: dict[Any, TensorMeta] = {Arg(0): x}
         start, meta = _later(call, scan.start, allocs[scan.start])
         metas |= meta
@@ -210,22 +211,24 @@ def nonzero(call: Call) -> Plan:
 
 @planned("aten.nonzero_static.default", dtype(*ALL), family="indexing", kernel=coordinates_kernel)
 def nonzero_static(call: Call) -> Plan:
-    """self, size, fill_value: the first ``size`` rows of ``nonzero``, filled up with ``fill_value``."""
+    """self, size, fill_value: the first ``size`` rows of ``nonzero``, filled up with ``fill_value``; by columns on a GPU only."""
     x, size, fill = call.args
     n, ndim = x.numel, x.ndim
     if size < 0:
         raise Decline("PyTorch rejects it: a negative size")
-    out = Alloc((size, ndim), contiguous_strides((size, ndim)), torch.int64)
+    rows, columns = contiguous_strides((size, ndim)), (1, max(size, 1))
+    out = Alloc((size, ndim), rows if call.target.device_type == "cpu" else columns, torch.int64)
     if size * ndim == 0:
         return Plan((out,), (), Out(0), {}, bytes=0)
     block = min(power_of_2(size * ndim), 1 << 16 if call.target.interpreted else 1024)
-    filling = Launch(rest_kernel, (-(-size * ndim // block), 1, 1), (Out(0), Out(1), Size(size * ndim), Size(ndim), Size(fill)),
+    filling = Launch(rest_kernel, (-(-size * ndim // block), 1, 1), (Out(0), Out(1), Size(size * ndim), Size(out.stride[0]), Size(size), Size(fill)),
                      Constants((("BLOCK", block),)))
     if n == 0:
         return Plan((out, _TOTAL._replace(zero=True)), (filling,), Out(0), {})
     flags, copies, copying = contiguous(call, 0, 2)
     scan = counted(call, flags, n, 2 + len(copies), Out(1))
-    args = (At(Out(0), ndim - 1), flags, Out(scan.start), extent(n), Size(size), tuple(Size(s) for s in reversed(x.shape)), Size(ndim), 1)
+    args = (At(Out(0), (ndim - 1) * out.stride[1]), flags, Out(scan.start), extent(n), Size(size),
+            tuple(Size(s) for s in reversed(x.shape)), Size(out.stride[0]), Size(out.stride[1]))
     writing = Launch(coordinates_kernel, scan.grid, args, scan.constants, scan.warps)
     return Plan((out, _TOTAL, *copies, *scan.allocs), (*copying, *scan.launches, writing, filling), Out(0), {Arg(0): x},
                 bytes=n * x.dtype.itemsize + size * ndim * 8)

@@ -106,6 +106,7 @@ def _unique(call: Call, ordered: bool, inverse: bool, counts: bool | None, inver
     x: TensorMeta = call.args[0]
     n, arity = x.numel, len(parameters(call.op))
     metas = {Arg(0): x}
+    inverse = inverse or (n == 0 and call.target.device_type != "cpu")  # which shows in the shape of what is empty anyway
 
     def results(total: int) -> list[Alloc]:
         made = [_empty((total,), x.dtype), _empty(inverse_shape if inverse else (0,))]
