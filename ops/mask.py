@@ -181,7 +181,7 @@ def nonzero(call: Call) -> Plan:
     """self -> the coordinates of its elements that are not zero, int64 [count, dimensions], stored by columns."""
     x = call.args[0]
     n, ndim = x.numel, x.ndim
-    least = 0 if ndim and call.target.device_type == "cpu" else 1  # the stride of columns that are empty
+    least = int(call.target.device_type != "cpu")  # the stride of columns that are empty
     if n == 0:
         return Plan((Alloc((0, ndim), (1, least), torch.int64),), (), Out(0), {}, bytes=0)
     flags, copies, copying = contiguous(call, 0, 1)

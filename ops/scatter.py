@@ -56,6 +56,9 @@ from gemsmode.signature import Call, TensorMeta, parameters
 from gemsmode.target import Target
 
 SET, ADD, MULTIPLY, LARGEST, SMALLEST = range(5)
+
+EXCHANGES_ON_HIP = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
+"""Triton 3.6 makes code of ``atomic_cas`` on blocks for AMD GPUs that LLVM rejects."""
 """What a write does to what is there."""
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -651,6 +654,8 @@ def _reduced(call: Call, make: Make, reduce: str, include_self: bool) -> Plan:
     if x.dtype == torch.bool:
         raise Decline("bool")
     mode = modes[reduce]
+    if mode == MULTIPLY and target.backend == "hip" and not EXCHANGES_ON_HIP:
+        raise Decline("products on an AMD GPU, for which Triton before 3.7 does not compile the exchange of a block")
     compute = ATOMIC[x.dtype]
     inner = KEYS.get(compute, compute) if mode in (LARGEST, SMALLEST) else compute
     keyed = inner != compute

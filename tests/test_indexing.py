@@ -15,7 +15,7 @@ from gemsmode.target import Target, current
 load_ops()
 
 from gemsmode.ops.indexing import Staged, choose_staged  # noqa: E402
-from gemsmode.ops.scatter import WholeRows, choose_whole_rows  # noqa: E402
+from gemsmode.ops.scatter import EXCHANGES_ON_HIP, WholeRows, choose_whole_rows  # noqa: E402
 
 aten = torch.ops.aten
 
@@ -298,4 +298,6 @@ def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:
 @pytest.mark.parametrize("target", ["cuda:90", "cuda:80", "cuda:100", "hip:gfx942"])
 def test_kernels_compile_at_gpu_sizes(target: str, tmp_path: Any) -> None:
     calls = gpu_calls() if harness.OPTIONS.full else gpu_calls()[18:36:3]
+    if target.startswith("hip") and not EXCHANGES_ON_HIP:
+        calls = [(name, args) for name, args in calls if "prod" not in args]
     assert compile_calls(calls, target, tmp_path) >= len(calls)

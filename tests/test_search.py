@@ -53,11 +53,10 @@ def equal(mine: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def check(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Every result is PyTorch's, where it gives one: unique of bools on a GPU gives no tensor in place of what was not asked for."""
+    """Every result is PyTorch's."""
     native = function(*args, **kwargs)
     for mine, theirs in zip(tree_leaves(served(function, *args, **kwargs)), tree_leaves(native), strict=True):
-        if theirs is not None:
-            equal(mine, theirs)
+        equal(mine, theirs)
 
 
 def check_selected(function: Callable[..., Any], x: torch.Tensor, *args: Any, dim: int, keepdim: bool = False) -> None:
@@ -283,6 +282,8 @@ def test_unique(d: torch.dtype) -> None:
         x[2, 3] = NAN  # one: PyTorch's sort on the CPU does not say in which order several come
         x[0] *= -1
     for inverse, counts in itertools.product((False, True), (False, True)):
+        if d == torch.bool and x.is_cuda and not (inverse and counts):
+            continue  # in place of what was not asked for PyTorch gives no tensor, or the counts nevertheless
         for y in (x, x.t()) if d in (torch.float32, torch.int64) else (x,):
             check(A._unique2, y, True, inverse, counts)
             check(A.unique_consecutive, y, inverse, counts)
