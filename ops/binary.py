@@ -424,7 +424,10 @@ def _float_pow_32(x, y):
         y = y.to(tl.float64)
         return _float_pow(x, y, tl.exp2(y * tl.log2(tl.abs(x)))).to(tl.float32)
     else:
-        return libdevice.pow(x, y)
+        # The library takes its smallest numbers for others: those are scaled into the range of the normal ones first.
+        small = tl.abs(x) < 1.1754943508222875e-38
+        power = libdevice.pow(tl.where(small, x * 16777216.0, x), y)
+        return tl.where(small, power * tl.exp2(-24 * y), power)
 
 
 @triton.jit

@@ -251,12 +251,20 @@ def constant_pad_nd(call: Call) -> Plan:
         raise Decline("an empty input")
     final = tuple(shape)
     last = channels_last_strides(final)
-    out_stride = last if last is not None and suggests_channels_last(x) else contiguous_strides(final)
+    if all(p <= 0 for p in pad):  # PyTorch copies what is left of the input, in its order of dimensions
+        out_stride = preserved_strides(x._replace(shape=final))
+    else:
+        out_stride = last if last is not None and suggests_channels_last(x) else contiguous_strides(final)
     kind = "fp64" if x.dtype == torch.float64 else "fp32" if x.dtype.is_floating_point else "i64"
-    if isinstance(value, complex) or (isinstance(value, float) and not x.dtype.is_floating_point):
-        raise Decline("a fractional fill for an integer tensor")
+    fill = Num(2, kind)
+    if isinstance(value, float) and not x.dtype.is_floating_point and x.dtype != torch.bool:
+        # torch.nn.functional.pad makes a float of any number: of -100 too, which pads labels.
+        limits = torch.iinfo(x.dtype)
+        fill = fill._replace(from_tensor=True, limits=(limits.min, limits.max))
+    elif isinstance(value, complex) or (isinstance(value, float) and x.dtype == torch.bool):
+        raise Decline("a fractional or complex fill")
     high = [lo + n for lo, n in zip(low, x.shape)]
-    return window(call, read(call, 0), final, out_stride, low, high, [1] * x.ndim, fill=Num(2, kind))
+    return window(call, read(call, 0), final, out_stride, low, high, [1] * x.ndim, fill=fill)
 
 
 def suggests_channels_last(meta: TensorMeta) -> bool:

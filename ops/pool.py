@@ -605,7 +605,12 @@ def max_pool3d_with_indices(call: Call) -> Plan:
 # Under inference mode the composites arrive, and nobody asks for the indices.
 @planned("aten.max_pool1d.default", _FLOATING, family="pool", kernel=max_pool_kernel)
 def max_pool1d(call: Call) -> Plan:
-    return _max_pool(call, 1, False)
+    """On a GPU the signal is an image of one row to PyTorch, whose format the result has."""
+    x, kernel, step, padding, dilation, ceil_mode = call.args
+    found, output = windows(x, 1, kernel, step, padding, dilation, ceil_mode)
+    image = x.ndim == 3 and x._replace(shape=(*x.shape[:2], 1, x.shape[2]), stride=(*x.stride[:2], x.shape[2] * x.stride[2], x.stride[2]))
+    channels_last = call.target.device_type != "cpu" and isinstance(image, TensorMeta) and like_suggested(image)
+    return max_plan(call, x, fixed_pool(x, found, output), channels_last, False)
 
 
 @planned("aten.max_pool2d.default", _FLOATING, family="pool", kernel=max_pool_kernel)

@@ -385,7 +385,10 @@ def gather_plan(call: Call, source: tuple[Arg | Out, TensorMeta], out: Alloc, di
 
 
 def result(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Alloc:
-    """A result in PyTorch's contiguous or channels-last format."""
+    """A result in PyTorch's contiguous or channels-last format; a channels-last signal is an image of one row."""
+    if channels_last and len(shape) == 3:
+        batch, channel, _, step = channels_last_strides((*shape[:2], 1, shape[2])) or ()
+        return Alloc(shape, (batch, channel, step), dtype)
     last = channels_last_strides(shape) if channels_last else None
     return Alloc(shape, last or contiguous_strides(shape), dtype)
 

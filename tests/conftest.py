@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,36 @@ def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_default_device("cuda")
     yield
     torch.set_default_device(None)
+
+
+# -- a GPU that answers no more ----------------------------------------------------------------------------------------
+#
+# After an assertion in a kernel or an access outside of memory every further call of the process fails. The test that
+# was running is blamed, and the process ends, so that its later tests are run by another (pytest-xdist starts one).
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """A test has failed if kernels that it left running do."""
+    import harness
+
+    result = yield
+    if (lost := harness.gpu_error()) is not None:
+        raise harness.GpuLost(f"after the end of the test: {lost}")
+    return result
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """End the process if the GPU is lost: all reports of the test have been sent, but not yet that the worker is done with
+    it, so that pytest-xdist reports the same test once more as the one that ended a worker, and no other."""
+    import harness
+
+    if (lost := harness.gpu_error()) is None:
+        return
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        os._exit(70)
+    pytest.exit(f"{nodeid}: the GPU no longer answers this process ({lost}); with pytest-xdist (-n) another would take over", 70)
 
 
 @pytest.fixture

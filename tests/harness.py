@@ -247,8 +247,9 @@ def in_float64(tree: Any, device: str) -> Any:
     def convert(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return torch.device(device) if isinstance(x, torch.device) else x
-        y = x.detach().to(device)
-        y = y.double() if y.is_floating_point() else y.clone()
+        # A CPU tensor among a GPU's stays there: what dropout was seeded with is read by the host.
+        y = x.detach() if x.device.type == "cpu" else x.detach().to(device)
+        y = y.to(torch.float64, copy=True) if y.is_floating_point() else y.clone()
         return y.requires_grad_(x.requires_grad and y.is_floating_point())
 
     return tree_unflatten([convert(x) for x in leaves], spec)
@@ -261,7 +262,7 @@ def reference(function: Callable[..., Any], tree: Any, better: bool = False) -> 
     places (the sixth of hardswish).
     """
     dtypes = {x.dtype for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.is_floating_point()}
-    if not dtypes or (dtypes == {torch.float64} and OPTIONS.device == "cpu" and not better):
+    if not better and (not dtypes or (dtypes == {torch.float64} and OPTIONS.device == "cpu")):
         return None
     converted = in_float64(tree, "cpu" if OPTIONS.ref == "cpu" or dtypes == {torch.float64} else OPTIONS.device)
     if converted is None:
@@ -272,13 +273,39 @@ def reference(function: Callable[..., Any], tree: Any, better: bool = False) -> 
         return None
 
 
-def quietly(function: Callable[..., Any], *args: Any) -> Any:
-    """Run ``function`` from a fixed state of all random generators and without PyTorch's warnings."""
+class GpuLost(BaseException):
+    """A call after which the GPU answers no more to this process: no later sample, whoever is asked, can say anything.
+
+    Not an ``Exception``, so that whoever goes on to the next sample when PyTorch raises does not go on here.
+    """
+
+
+def gpu_error() -> str | None:
+    """What the GPU answers when it is asked to finish: None if all is well (or kernels do not run on one)."""
+    if OPTIONS.device != "cuda" or not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
+def quietly(function: Callable[..., Any], *args: Any, who: str = "PyTorch's own kernels") -> Any:
+    """Run ``function`` from a fixed state of all random generators and without PyTorch's warnings.
+
+    Raises:
+        GpuLost: its kernels, which are ``who``'s, ended in an error that no later call survives.
+    """
     seed()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="gemsmode: rule .* failed")
-        return function(*args)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message="gemsmode: rule .* failed")
+            return function(*args)
+    finally:
+        if (lost := gpu_error()) is not None:
+            raise GpuLost(f"{who}: {lost}")
 
 
 def seed(value: int = 0) -> None:
@@ -379,7 +406,7 @@ def under_mode(function: Callable[..., Any], *args: Any) -> Outcome:
         with mode:
             return function(*args)
 
-    return Outcome(quietly(run), mode.take())
+    return Outcome(quietly(run, who="under the mode"), mode.take())
 
 
 @dataclasses.dataclass
@@ -431,6 +458,8 @@ class Failures:
     def check(self, label: str, function: Callable[[], None]) -> None:
         try:
             function()
+        except GpuLost as lost:
+            raise GpuLost("\n".join([f"{label}: {lost}", *self.texts])) from lost
         except Exception as error:
             text = str(error).strip() or type(error).__name__
             name = "" if isinstance(error, Mismatch) else f"{type(error).__name__}: "
@@ -1023,20 +1052,25 @@ CPU_ONLY_ERRORS = ("not implemented for", "ZeroDivisionError", "could not create
 """What PyTorch raises on CPU tensors and not on a GPU's, whose behaviour the kernels have."""
 
 
-def _gelu_backward(grad: torch.Tensor, x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+def _gelu_backward(grad: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
     if approximate != "none":
         return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
     return grad * (torch.special.erfc(-x / 2**0.5) / 2 + x * torch.exp(-x * x / 2) / (2 * math.pi) ** 0.5)
 
 
-BETTER_REFERENCES: dict[str, Callable[..., Any]] = {"gelu_backward": _gelu_backward}
-"""By overload: what computes a float64 reference where PyTorch's own formula cancels in float64, too."""
+def _zeta(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return torch.special.zeta(x.double(), q.double())
+
+
+BETTER_REFERENCES: dict[str, Callable[..., Any]] = {"gelu_backward": _gelu_backward, "special_zeta": _zeta}
+"""By overload: what computes a float64 reference where PyTorch's own formula cancels in float64, too, or where integers
+lead to a float32 that PyTorch computes as inf * 0."""
 
 
 def _exact(op: OpOverload, args: tuple[Any, ...]) -> Any:
     """A float64 reference of a call; of an ``out=`` overload, that of its functional base."""
     if (better := BETTER_REFERENCES.get(short_name(op))) is not None:
-        return reference(lambda a: better(*a[:2], approximate=a[2]), args, better=True)
+        return reference(lambda a: better(*a), args, better=True)
     if not any(p.is_out for p in parameters(op)):
         return reference(lambda a: call_op(op, a), args)
     for candidate in served().get(op, ()):
@@ -1047,15 +1081,16 @@ def _exact(op: OpOverload, args: tuple[Any, ...]) -> Any:
     return None
 
 
-def check_call(op: OpOverload, args: tuple[Any, ...], kind: str | None = None) -> bool:
+def check_call(op: OpOverload, args: tuple[Any, ...], kind: str | None = None, given: tuple[Any, ...] | None = None) -> bool:
     """Run ``op`` on copies of ``args`` natively and under the mode and compare results and written arguments.
 
-    Where PyTorch raises, the mode must raise the same class of error.
+    Where PyTorch raises, the mode must raise the same class of error. ``given``: the same values laid out otherwise, for
+    PyTorch's own kernels that cannot take ``args``.
 
     Returns:
         Whether a rule ran.
     """
-    native_args, own_args = own_memory(args), own_memory(args)
+    native_args, own_args = own_memory(args if given is None else given), own_memory(args)
     kind = kind or kind_of(op)
     where = label(op, args)
     try:
@@ -1075,7 +1110,7 @@ def check_call(op: OpOverload, args: tuple[Any, ...], kind: str | None = None) -
     outcome = under_mode(call_op, op, own_args)
     tally(outcome.calls)
     positions, unsaid = written(op), written_unsaid(op)
-    exact = _exact(op, args)
+    exact = _exact(op, args if given is None else given)
     values = _values_matter(op)
     if ties_open(op, args):
         compare(f"{where}, values", outcome.result[0], expected[0], None, kind)
