@@ -511,10 +511,10 @@ def _draw(device_type: str, generator: torch.Generator | None) -> torch.Tensor:
 
 
 def _number(value: Any, least: int | None = None, most: int | None = None) -> Any:
-    number = value.item() if isinstance(value, torch.Tensor) else int(value)
-    if least is not None and most is not None and not least <= number <= most:
+    number = value.item() if isinstance(value, torch.Tensor) else value
+    if least is not None and most is not None and not least <= number <= most:  # neither infinities nor NaN are
         raise OverflowError(f"{number} is not between {least} and {most}")  # and PyTorch's own error is what the user sees
-    return number
+    return number if isinstance(value, torch.Tensor) else int(number)
 
 
 class _Names:

@@ -106,3 +106,20 @@ def test_bad_input_gets_pytorch_errors() -> None:
         with GemsMode(strict=True), pytest.raises(type(expected.value)) as got:
             call()
         assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.int8, torch.uint8))
+def test_a_float_fills_integers_as_pytorch_fills_them(dtype: torch.dtype, device: str) -> None:
+    """``torch.nn.functional.pad`` hands its fill on as a float: labels are padded with -100.0."""
+    x = torch.arange(6, device=device).to(dtype)
+    for value in (100.0, 2.7, -100.0, -2.7, 3e9, float("inf"), float("nan")):
+        try:
+            expected = aten.constant_pad_nd(x, (1, 2), value)
+        except RuntimeError:
+            with GemsMode(), pytest.raises(RuntimeError, match="overflow"):
+                aten.constant_pad_nd(x, (1, 2), value)
+            continue
+        with GemsMode(trace=True, strict=True) as gems:
+            got = aten.constant_pad_nd(x, (1, 2), value)
+        assert torch.equal(got, expected)
+        assert [row["decision"] for row in gems.report.to_dict()["ops"]] == ["rule"]
