@@ -409,6 +409,7 @@ class Runs:
 _LONGEST_BACKWARD = 8192  # with two sums, a weight and two operands a lane, longer rows of 4 bytes an element spill
 _WARPS_BACKWARD = ((2048, 4), (4096, 8), (1 << 30, 16))
 _WARPS_A_MULTIPROCESSOR = 16
+_RUN = 4  # blocks of rows that a program takes at most, where there are more than the device holds
 _WARPS_FORWARD = ((2048, 4), (4096, 8), (16384, 16), (1 << 30, 32))  # 16 elements a thread, of two blocks of rows at once
 
 
@@ -550,7 +551,9 @@ def plan_norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight
     programs, width = -(-rows.n_rows // tile.rows), tile.warps
     if not tile.loops:
         width = ladder(_WARPS_FORWARD, tile.rows * tile.columns * acc.itemsize // 4)
-        programs = min(programs, 2 if call.target.interpreted else call.target.multiprocessors * max(32 // width, 1))
+        # As many as the device holds, and more of long inputs: multiprocessors differ in how fast memory serves them.
+        wave = 2 if call.target.interpreted else max(call.target.multiprocessors * max(32 // width, 1), -(-programs // _RUN))
+        programs = min(programs, wave)
     step = Launch(norm_loop_kernel if tile.loops else norm_kernel, (programs, 1, 1), args, constants, warps(width, call.target))
     return Plan(tuple(allocs), (step,), returns, metas, bytes=(2 + len(skips) + total) * x.numel * x.dtype.itemsize, flops=x.numel * 8)
 

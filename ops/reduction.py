@@ -301,6 +301,20 @@ def _shift(m):
 
 
 @triton.jit
+def lane_logsumexp(x, r, params):
+    """exp(x - x), and of infinities the limits."""
+    return x, tl.where(tl.abs(x) == float("inf"), tl.where(x > 0, x, 0.0), 1.0).to(x.dtype)
+
+
+@triton.jit
+def fold_logsumexp(m_a, s_a, m_b, s_b):
+    """The smaller one's sum is scaled to the greater one's: one exp an element."""
+    e = tl.where(m_a == m_b, 1.0, tl.exp(-tl.abs(m_a - m_b))).to(s_a.dtype)
+    greater = m_b > m_a
+    return tl.maximum(m_a, m_b), tl.where(greater, s_b, s_a) + tl.where(greater, s_a, s_b) * e
+
+
+@triton.jit
 def block_logsumexp(x, m, AXIS: tl.constexpr):
     greatest = tl.max(tl.where(m, x, float("-inf")).to(x.dtype), AXIS)
     e = tl.where(m, tl.exp(x - tl.expand_dims(_shift(greatest), AXIS)), 0.0)
@@ -585,6 +599,8 @@ class Schedule:
 _INTERPRETED_TILE = 1 << 16
 _STEP_BYTES = 4096  # of input in a step of a loop: a 16-byte load in each of 256 threads
 _GROUP = 4  # steps loaded together: 64 bytes in flight a thread
+_SHARE = 4  # groups of steps that a program takes, if the reduced dimension is shared out: 64 KB
+_MOST_SPLITS = 4096  # programs that share one result, at most
 _TILE_BYTES = _STEP_BYTES * _GROUP  # what a program without a loop takes, if the reduced dimension is the slower one
 _SHORTEST_STEP = 256  # elements of the fastest reduced dimension, if a step is not to cross it
 _LONGEST_ROW = 8192  # elements that a program takes without a loop
@@ -648,8 +664,10 @@ def choose(nk: int, row: int, repeats: int, inner: bool, itemsize: int, states: 
     programs, groups = -(-nk // block_k), -(-steps // group)
     splits = 1
     if programs < busy and groups >= 8:
-        # 32 warps on each multiprocessor, and no program more than that in a second wave.
-        splits = max(min(groups, target.multiprocessors * (32 // warps) // programs), 1)
+        # At least 32 warps on each multiprocessor, and of long inputs several waves of programs: multiprocessors differ in how
+        # fast memory serves them, and with equal shares in one wave all would wait for the slowest.
+        wave = max(target.multiprocessors * (32 // warps) // programs, 1)
+        splits = min(groups, max(wave, min(groups // _SHARE, _MOST_SPLITS // min(block_k, 4))))
     return Schedule(block_k, block_r, splits, warps, group)
 
 
@@ -910,8 +928,11 @@ ARGMIN = Reduction(lane_indexed, merge_argmin, post_index, highest, _value_and_i
 ALL_NONZERO = Reduction(lane_nonzero, merge_and, post_state, _unit, _flag, lambda d: (1,))
 ANY_NONZERO = Reduction(lane_nonzero, merge_or, post_state, _zero, _flag, lambda d: (0,))
 COUNT = Reduction(lane_count, merge_sum, post_state, _zero, lambda d: (torch.int64,), lambda d: (0,))
-LOGSUMEXP = Reduction(None, merge_logsumexp, post_logsumexp, _zero, lambda d: (d, d), lambda d: (float("-inf"), 0.0),
-                      block=block_logsumexp)
+LOGSUMEXP = Reduction(lane_logsumexp, merge_logsumexp, post_logsumexp, lowest, lambda d: (d, d), lambda d: (float("-inf"), 0.0),
+                      fold=fold_logsumexp)
+# No integer reads as minus infinity where it is masked, so that a block is told what counts.
+LOGSUMEXP_INTEGER = Reduction(None, merge_logsumexp, post_logsumexp, _zero, lambda d: (d, d), lambda d: (float("-inf"), 0.0),
+                              block=block_logsumexp)
 
 
 def _moments(post: Any) -> Reduction:
@@ -1193,7 +1214,8 @@ def _logsumexp(call: Call) -> Plan:
     if call.outs is not None:
         _written(call, result)
     dims, keepdim = _dims(call)
-    return reduce_plan(call, LOGSUMEXP, [_source(call, result, opmath(result))], dims, keepdim, [result], flops=3)
+    how = LOGSUMEXP if d.is_floating_point else LOGSUMEXP_INTEGER
+    return reduce_plan(call, how, [_source(call, result, opmath(result))], dims, keepdim, [result], flops=3)
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------

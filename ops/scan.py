@@ -7,7 +7,8 @@
 in the terms of :mod:`gemsmode.ops.reduction`, whose states these are. A program scans a tile of neighbouring rows and
 carries their last state to the next tile. Where there are too few programs to fill the device, rows are cut into
 chunks: a first launch reduces each chunk to one state, and in the second every program merges the states before its
-chunk and starts from there. Nothing depends on the order in which programs run, so results repeat exactly.
+chunk and starts from there. Where a state is one float32, a single launch does both: programs publish the states of
+their chunks and wait for those before. Either way states are merged in their order, so results repeat exactly.
 
 NaN, ties (the last index wins) and dtypes as measured against PyTorch's results.
 """
@@ -231,6 +232,52 @@ def scan_kernel(outs, p_in, totals, nk, n, steps, splits, k_sizes, in_steps, out
         _store_all(outs, o_row + r * out_stride, POST(state, n, params), m)
 
 
+@triton.jit
+def _packed(total):
+    """A word of a float32 in the upper half and 1 in the lower one, so that whoever sees the 1 sees the value."""
+    return (total.to(tl.int32, bitcast=True).to(tl.int64) << 32) | 1
+
+
+@triton.jit
+def chained_kernel(p_out, p_in, p_words, n, chunks, k_sizes, in_steps, out_steps, in_stride, out_stride, params, LANE: tl.constexpr,
+                   SCAN: tl.constexpr, MERGE: tl.constexpr, POST: tl.constexpr, OTHER: tl.constexpr, HOW: tl.constexpr,
+                   IDENTITY: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Scan long rows of a float32 state, read once: a program publishes its chunk's total and waits for those before it.
+
+    `p_words`, zeros at first: a counter, from which programs take their chunks so that all that one waits for have
+    begun; then for each group of BLOCK_S - 1 chunks of a row the state before it, which the group before publishes, and
+    the totals of its chunks. What a program finds there is merged in this order, whenever it came. Grid: rows * chunks.
+    """
+    LENGTH: tl.constexpr = BLOCK_S - 1
+    ticket = tl.atomic_add(p_words, 1, sem="relaxed")
+    i_k = ticket // chunks
+    i_s = ticket - i_k * chunks
+    if not WIDE:
+        i_k = i_k.to(tl.int32)
+        i_s = i_s.to(tl.int32)
+    r = i_s * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    m = r < n
+    x = tl.load(p_in + offset_of(i_k, k_sizes, in_steps) + r * in_stride, mask=m, other=OTHER).to(HOW[0]).to(HOW[1])  # [1, BLOCK_N]
+    state = LANE(x, r, params)
+    total = tree(state, MERGE, 1)  # [1]
+    i_group = i_s // LENGTH
+    place = i_s - i_group * LENGTH
+    p_group = p_words + 1 + (i_k * tl.cdiv(chunks, LENGTH) + i_group) * BLOCK_S
+    tl.atomic_xchg(p_group + 1 + place, _packed(tl.sum(total[0], 0)), sem="relaxed")
+    scanned = scan_tile(state, (tl.full([1], IDENTITY[0], HOW[1]),), SCAN, 1)  # while the totals before this one arrive
+    o_word = tl.arange(0, BLOCK_S)[:, None]
+    m_word = (o_word <= place) & ((o_word > 0) | (i_group > 0))
+    words = tl.load(p_group + o_word, mask=m_word, other=1, volatile=True)
+    while tl.sum(tl.sum(1 - (words & 1).to(tl.int32), 1), 0) > 0:
+        words = tl.load(p_group + o_word, mask=m_word, other=1, volatile=True)
+    before = tl.where(m_word, (words >> 32).to(tl.int32).to(HOW[1], bitcast=True), IDENTITY[0]).to(HOW[1])
+    carry = tree((before,), MERGE, 0)
+    if (place == LENGTH - 1) & (i_s + 1 < chunks):
+        tl.atomic_xchg(p_group + BLOCK_S, _packed(tl.sum(MERGE(carry[0], total[0])[0], 0)), sem="relaxed")
+    result = MERGE(tl.expand_dims(carry[0], 1), scanned[0])
+    tl.store(p_out + offset_of(i_k, k_sizes, out_steps) + r * out_stride, POST(result, n, params)[0].to(p_out.dtype.element_ty), mask=m)
+
+
 # -- launch choice -----------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +296,19 @@ _LONGEST_ROW = 8192  # elements scanned at once
 _LONGEST_TILE = 4096  # elements of a tile in a loop
 _MOST_TOTALS = 4096  # chunk totals that a program merges at once
 _WARPS = ((1024, 2), (2048, 4), (1 << 30, 8))  # (elements of a tile at most, warps)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How a long row is shared out among programs that wait for each other: elements and warps of each, chunks of a group + 1."""
+
+    block_n: int
+    warps: int
+    block_s: int
+
+
+# 16 KB and 16 elements a thread, so that five programs or more share a multiprocessor: some wait while others load.
+CHAIN = Chain(4096, 8, 512)
 
 
 def choose(nk: int, n: int, inner: bool, itemsize: int, states: int, target: Target) -> Schedule:
@@ -346,9 +406,20 @@ def scan_plan(call: Call, how: Scan, dim: int, common: torch.dtype, compute: tor
     function = how.reduction.other
     assert not isinstance(function, tuple)
     other, loaded = function(meta.dtype), (TRITON[common], TRITON[compute])
-    launches: list[Launch] = []
-    totals: tuple[Any, ...] = ()
     grid_k = -(-nk // schedule.block_k)
+    if splits > 1 and inner and schedule.block_k == 1 and state_dtypes == [torch.float32] and target.backend != "hip":
+        chain = Chain(schedule.block_n, 4, 4) if target.interpreted else CHAIN
+        chunks = -(-n // chain.block_n)
+        words = -(-chunks // (chain.block_s - 1)) * chain.block_s
+        allocs.append(Alloc((1 + nk * words,), (1,), torch.int64, zero=True))
+        launches = [Launch(
+            chained_kernel, (nk * chunks, 1, 1),
+            (*outs, Arg(0), Out(len(allocs) - 1), n, Size(chunks), k_sizes, in_steps, out_steps, stride[axis], out_stride[axis], ()),
+            (("LANE", how.lane), ("SCAN", how.scan), ("MERGE", how.reduction.merge), ("POST", how.post), ("OTHER", other), ("HOW", loaded),
+             ("IDENTITY", how.identity(compute)), ("WIDE", wide), ("BLOCK_N", chain.block_n), ("BLOCK_S", chain.block_s)), chain.warps)]
+        return Plan(tuple(allocs), tuple(launches), returns, metas, elementwise=True, bytes=moved, flops=meta.numel * flops)
+    launches = []
+    totals: tuple[Any, ...] = ()
     if splits > 1:
         totals = tuple([Out(len(allocs) + i) for i in range(len(state_dtypes))])
         allocs += [Alloc((splits, nk), (nk, 1), d) for d in state_dtypes]

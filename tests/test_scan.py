@@ -13,6 +13,7 @@ from support import in_order, normal
 import gemsmode
 from gemsmode import registry
 from gemsmode.handlers import Decided, Policy
+from gemsmode.plan import Plan
 from gemsmode.registry import find_op
 from gemsmode.signature import TensorMeta
 from gemsmode.target import Target
@@ -88,16 +89,49 @@ def test_every_scheme_gives_the_same_answers(name: str, tile: tuple[int, int, in
         check(name, y, 0)
 
 
+@pytest.mark.parametrize("tile", [(1, 4, 2), (1, 16, 3)])
+@pytest.mark.parametrize("d", FLOATS, ids=str)
+def test_chunks_that_wait_for_each_other(d: torch.dtype, tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several groups of chunks, whose states are handed on from group to group."""
+    monkeypatch.setattr(scan, "choose", lambda *args: scan.Schedule(*tile))
+    x = normal(3, 61)
+    x[1, 50] = NAN
+    x[2, 20], x[2, 40] = INF, -INF
+    for y in (x.to(d), normal(2, 61, 2).to(d)[..., 0], normal(61).to(d)):
+        check("cumsum", y, -1)
+        check("cumprod", y, -1)
+    whole = normal(97).to(d)
+    with gemsmode.GemsMode(strict=True):
+        first, again = whole.cumsum(0), whole.clone().cumsum_(0)
+    assert torch.equal(first, again)
+
+
+def kernels_on_a_gpu(shape: tuple[int, ...], dim: int, d: torch.dtype = torch.float32) -> Plan:
+    meta = TensorMeta(d, shape, torch.empty(shape, device="meta").stride(), torch.device("cuda", 0))
+    decided = Policy(registry.default, target=GPU).handler(find_op("aten.cumsum.default")).decide((meta, dim, None), bind=False)
+    assert decided.decision.kind == "rule" and decided.plan is not None
+    return decided.plan
+
+
+@pytest.mark.parametrize("shape, dim", [((1 << 24,), 0), ((64, 100_000), 1), ((2, 1 << 27), 1)])
+def test_long_rows_are_read_once_on_a_gpu(shape: tuple[int, ...], dim: int) -> None:
+    """The chunks' words are the only workspace, and zeros at first; a state of more than 32 bits takes two launches."""
+    plan = kernels_on_a_gpu(shape, dim)
+    assert [s.kernel for s in plan.launches] == [scan.chained_kernel]
+    words = plan.allocs[1]
+    last = dict(plan.launches[0].constants)
+    assert words.zero and words.dtype == torch.int64
+    assert plan.launches[0].grid[0] == math.prod(shape[:-1]) * -(-shape[-1] // last["BLOCK_N"])
+    assert words.meta.numel > plan.launches[0].grid[0]
+    assert len(kernels_on_a_gpu(shape, dim, torch.float64).launches) == 2
+
+
 @pytest.mark.parametrize("shape, dim, inner, launches", [
-    ((4096, 8192), 1, True, 1), ((4096, 8192), 0, False, 2), ((1 << 24,), 0, True, 2), ((64, 100_000), 1, True, 2),
-    ((262144, 65), 1, True, 1), ((1024, 32000), 1, True, 1), ((16, 8192, 64), 1, False, 2)])
+    ((4096, 8192), 1, True, 1), ((4096, 8192), 0, False, 2), ((262144, 65), 1, True, 1), ((1024, 32000), 1, True, 1),
+    ((16, 8192, 64), 1, False, 2)])
 def test_scheme_on_a_gpu(shape: tuple[int, ...], dim: int, inner: bool, launches: int) -> None:
     """One program a row where rows are many; else chunks, whose totals are the only workspace."""
-    op = find_op("aten.cumsum.default")
-    meta = TensorMeta(torch.float32, shape, torch.empty(shape, device="meta").stride(), torch.device("cuda", 0))
-    decided = Policy(registry.default, target=GPU).handler(op).decide((meta, dim, None), bind=False)
-    plan = decided.plan
-    assert decided.decision.kind == "rule" and plan is not None
+    plan = kernels_on_a_gpu(shape, dim)
     assert [s.kernel for s in plan.launches] == [reduction.reduce_kernel, scan.scan_kernel][-launches:]
     last = dict(plan.launches[-1].constants)
     assert last["INNER"] is inner and last["SPLIT"] is (launches == 2)
