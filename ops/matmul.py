@@ -18,7 +18,7 @@ tiles is that of Triton's tutorial on matrix multiplication (groups of rows shar
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,12 +61,12 @@ def _scaled(b_acc, c, o_c, mask, scale):
 @triton.jit
 def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s_c, ACC: tl.constexpr, PRECISION: tl.constexpr,
                 WIDE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                GROUP: tl.constexpr):
+                GROUP: tl.constexpr, EVICT: tl.constexpr):
     """One tile of one batch index over one part of K.
 
     Grid: (tiles * batch, parts of K). Strides: s_a (batch, m, k), s_b (batch, k, n), s_c (batch, m, n),
     s_out (batch, m, n, part); a part has k_blocks times BLOCK_K of K. UPCAST: for the interpreter, whose
-    ``tl.dot`` takes bfloat16 for integers.
+    ``tl.dot`` takes bfloat16 for integers. EVICT: the eviction policy of b, where each of its elements is read once.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -100,7 +100,7 @@ def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s
     full = k_count // BLOCK_K
     for _ in range(0, full):
         b_a = tl.load(p_as, mask=m_m, other=0.0)  # [BLOCK_M, BLOCK_K]
-        b_b = tl.load(p_bs, mask=m_n, other=0.0)  # [BLOCK_K, BLOCK_N]
+        b_b = tl.load(p_bs, mask=m_n, other=0.0, eviction_policy=EVICT)  # [BLOCK_K, BLOCK_N]
         if UPCAST:
             b_a = b_a.to(ACC)
             b_b = b_b.to(ACC)
@@ -111,7 +111,7 @@ def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s
     if left > 0:
         m_k = tl.arange(0, BLOCK_K) < left
         b_a = tl.load(p_as, mask=m_m & m_k[None, :], other=0.0)
-        b_b = tl.load(p_bs, mask=m_n & m_k[:, None], other=0.0)
+        b_b = tl.load(p_bs, mask=m_n & m_k[:, None], other=0.0, eviction_policy=EVICT)
         if UPCAST:
             b_a = b_a.to(ACC)
             b_b = b_b.to(ACC)
@@ -126,11 +126,11 @@ def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s
 
 @triton.jit
 def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_c, ACC: tl.constexpr, WIDE: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr):
     """BLOCK_M rows of a matrix by a vector, over one part of K.
 
     Grid: (blocks of rows * batch, parts of K). Strides: s_a (batch, m, k), s_v (batch, k), s_c (batch, m),
-    s_out (batch, m, part); a part has k_blocks times BLOCK_K of K.
+    s_out (batch, m, part); a part has k_blocks times BLOCK_K of K. EVICT: the eviction policy of the matrix.
     """
     blocks = tl.cdiv(m, BLOCK_M)
     i_block = tl.program_id(0)
@@ -150,7 +150,8 @@ def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_
         m_k = o_k < k_end
         if WIDE:
             o_k = o_k.to(tl.int64)
-        b_a = tl.load(p_as + o_k[None, :] * s_a[2], mask=m_m[:, None] & m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        p_block = p_as + o_k[None, :] * s_a[2]
+        b_a = tl.load(p_block, mask=m_m[:, None] & m_k[None, :], other=0.0, eviction_policy=EVICT)  # [BLOCK_M, BLOCK_K]
         b_v = tl.load(p_vs + o_k * s_v[1], mask=m_k, other=0.0)  # [BLOCK_K]
         b_acc += b_a.to(ACC) * b_v.to(ACC)[None, :]
     b_sum = tl.sum(b_acc, axis=1)
@@ -181,13 +182,17 @@ def combine_kernel(p_out, p_parts, c, scale, m, n, count, parts, s_c, ACC: tl.co
 
 @dataclass(frozen=True)
 class Tile:
-    """A program of the tiled kernel: its block sizes, warps, and pipelining depth."""
+    """A program of the tiled kernel: its block sizes, warps, pipelining depth, and the eviction policy of b.
+
+    Copies that are pipelined (more than one stage) leave the policy aside.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    evict: str = ""
 
     @functools.cached_property
     def count(self) -> int:
@@ -199,7 +204,7 @@ FEW_ROWS = 64
 
 ROWS: dict[str, tuple[tuple[int, tuple[Tile, ...]], ...]] = {
     # 16-bit floats: the tensor cores take 16 rows at least; long blocks of K keep enough bytes in flight.
-    "half": ((16, (Tile(16, 64, 128, 4, 4), Tile(16, 32, 256, 4, 4))),
+    "half": ((16, (Tile(16, 64, 128, 4, 4), Tile(16, 32, 128, 4, 8))),
              (32, (Tile(32, 128, 64, 4, 4), Tile(32, 64, 128, 4, 4))),
              (64, (Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)))),
     "tf32": ((16, (Tile(16, 64, 64, 4, 4), Tile(16, 32, 128, 4, 4))),
@@ -239,14 +244,14 @@ def _shared_memory(tile: Tile, itemsize: int) -> int:
 def _fitted(tile: Tile, itemsize: int, target: Target) -> Tile:
     """``tile`` with as few stages as the target's shared memory asks for."""
     if target.backend == "hip":
-        return Tile(tile.m, tile.n, tile.k, tile.warps, 2)  # 64 KiB; one buffer for two stages
+        return replace(tile, stages=2)  # 64 KiB; one buffer for two stages
     if target.backend == "cuda" and int(target.arch) < 90 and tile.count >= 128 * 128:
-        tile = Tile(tile.m, tile.n, tile.k, 8, tile.stages)  # without wgmma operands take registers too: 4 warps spill
+        tile = replace(tile, warps=8)  # without wgmma operands take registers too: 4 warps spill
     limit = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(int(target.arch), 99) * 1024 if target.backend == "cuda" else 64 * 1024
     stages = tile.stages
-    while stages > 1 and _shared_memory(Tile(tile.m, tile.n, tile.k, tile.warps, stages), itemsize) > limit:
+    while stages > 1 and _shared_memory(replace(tile, stages=stages), itemsize) > limit:
         stages -= 1
-    return tile if stages == tile.stages else Tile(tile.m, tile.n, tile.k, tile.warps, stages)
+    return tile if stages == tile.stages else replace(tile, stages=stages)
 
 
 def _tiles(tile: Tile, m: int, n: int) -> int:
@@ -273,39 +278,53 @@ def choose_tile(m: int, n: int, k: int, batch: int, kind: str, itemsize: int, ta
 
 @dataclass(frozen=True)
 class Strip:
-    """A program of the matrix-vector kernel: rows, elements of K at a time, and how often that in a part of K."""
+    """A program of the matrix-vector kernel.
+
+    Attributes:
+        m: rows.
+        k: elements of K at a time.
+        warps: warps.
+        programs: K is split until a multiprocessor has so many programs...
+        steps: ... as long as a part of K has so many times ``k``.
+        evict: the eviction policy of the matrix, which is read once.
+    """
 
     m: int
     k: int
-    k_blocks: int
+    warps: int
+    programs: int
+    steps: int
+    evict: str
 
 
-STRIP = 4096
-"""Elements of the matrix that a program loads at a time: 32 a thread, four or eight 16-byte loads in flight."""
+STRIPS: dict[str, Strip] = {
+    "rows": Strip(8, 512, 4, 4, 4, ""),
+    "columns": Strip(128, 32, 4, 4, 4, ""),
+    "dot": Strip(1, 4096, 4, 4, 4, ""),
+}
+"""For many rows whose elements are neighbours in memory; for columns that are; and for one row.
 
-STRIP_ROWS = 8
-"""Rows of a strip along K; fewer where there are not enough of them."""
+With 4096 elements for four warps a thread has 32: four or eight 16-byte loads in flight.
+"""
 
-STRIP_COLUMNS = 128
-"""Rows of a strip where neighbouring rows, not neighbouring elements of K, are neighbours in memory."""
+MOST_STRIPS = 8192
+"""Parts of K of the matrix-vector kernel; so many partial results of a dot product are added by one program at once."""
 
 
-def choose_strip(m: int, k: int, batch: int, rows_adjacent: bool, target: Target) -> Strip:
-    """The strip for ``m`` rows of ``k`` elements."""
+def choose_strip(m: int, k: int, batch: int, rows_adjacent: bool, target: Target) -> tuple[Strip, int]:
+    """The strip for ``m`` rows of ``k`` elements, and how often ``strip.k`` goes into a part of K."""
     if target.interpreted:
-        rows, length, wanted = min(power_of_2(m), 128), min(power_of_2(k), 1024), 3 if m * batch == 1 else 1
-    elif rows_adjacent:
-        rows = min(power_of_2(m), STRIP_COLUMNS)
-        length = min(power_of_2(k), STRIP // rows)
-        wanted = 4 * target.multiprocessors // max(-(-m // rows) * batch, 1)
+        strip = Strip(min(power_of_2(m), 128), min(power_of_2(k), 1024), 4, 1, 4, "")
+        wanted = 3 if m * batch == 1 else 1
     else:
-        rows = min(power_of_2(m), STRIP_ROWS)
-        while rows > 1 and -(-m // rows) * batch < 4 * target.multiprocessors:
+        strip = STRIPS["dot" if m == 1 else "columns" if rows_adjacent else "rows"]
+        rows, elements, programs = min(power_of_2(m), strip.m), strip.m * strip.k, strip.programs * target.multiprocessors
+        while not rows_adjacent and rows > 1 and -(-m // rows) * batch < programs:
             rows //= 2
-        length = min(power_of_2(k), STRIP // rows)
-        wanted = 4 * target.multiprocessors // max(-(-m // rows) * batch, 1)
-    parts = max(min(wanted, k // (4 * length), 1024), 1)
-    return Strip(rows, length, max(-(-k // (parts * length)), 1))
+        strip = replace(strip, m=rows, k=min(power_of_2(k), elements // rows))
+        wanted = programs // max(-(-m // rows) * batch, 1)
+    parts = max(min(wanted, k // (strip.steps * strip.k), MOST_STRIPS), 1)
+    return strip, max(-(-k // (parts * strip.k)), 1)
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
@@ -387,11 +406,11 @@ def plan_product(call: Call, product: Product) -> Plan:
     # One row (column) is a vector; a few columns are the few rows of the transposed product.
     if m == 1 or n == 1:
         rows, matrix, vector = (m, a, (b.batch, b.row)) if n == 1 else (n, b.transposed, (a.batch, a.column))
-        strip = choose_strip(rows, k, batch, matrix.row == 1 and matrix.column != 1, call.target)
-        parts = max(-(-k // (strip.k_blocks * strip.k)), 1)
+        strip, k_blocks = choose_strip(rows, k, batch, matrix.row == 1 and matrix.column != 1, call.target)
+        parts = max(-(-k // (k_blocks * strip.k)), 1)
         grid = (-(-rows // strip.m) * batch, parts, 1)
-        constants = _constants(("ACC", acc), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k))
-        warps, stages, kernel = 4, 2, matvec_kernel
+        constants = _constants(("ACC", acc), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k), ("EVICT", strip.evict))
+        warps, stages, kernel = strip.warps, 2, matvec_kernel
     else:
         kind = _kind(a.meta.dtype, call.target)
         swapped = n < m and n <= FEW_ROWS
@@ -402,7 +421,7 @@ def plan_product(call: Call, product: Product) -> Plan:
         grid = (_tiles(tile, rows, columns) * batch, parts, 1)
         constants = _constants(("ACC", acc), ("PRECISION", "tf32" if kind == "tf32" else "ieee"), ("WIDE", wide),
                                ("UPCAST", call.target.interpreted), ("BLOCK_M", tile.m), ("BLOCK_N", tile.n), ("BLOCK_K", tile.k),
-                               ("GROUP", GROUP))
+                               ("GROUP", GROUP), ("EVICT", tile.evict))
         warps, stages, kernel = tile.warps, tile.stages, gemm_kernel
     if grid[0] >= 2**31:
         raise Decline(f"{grid[0]} tiles: more than a grid can have")
@@ -415,7 +434,7 @@ def plan_product(call: Call, product: Product) -> Plan:
     c_batch, c_row, c_column = (0, 0, 0) if c is None else (c.batch, c.row, c.column)
     # Strides are plain integers, so that the compiler knows which ones keep 16-byte accesses aligned.
     if kernel is matvec_kernel:
-        args: tuple[Any, ...] = (target, matrix.ref, (b if n == 1 else a).ref, p_c, scale, rows, k, Size(strip.k_blocks),
+        args: tuple[Any, ...] = (target, matrix.ref, (b if n == 1 else a).ref, p_c, scale, rows, k, Size(k_blocks),
                                  (s_batch, 1, s_part), (matrix.batch, matrix.row, matrix.column), vector,
                                  (c_batch, c_row if n == 1 else c_column))
     else:
@@ -454,7 +473,7 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
     c_ref: tuple[Any, ...] = () if c is None else (c.ref,)
     s_c = (Size(0), Size(0)) if c is None else (Size(c.batch), c.column)
     common = (("A_BY_ROWS", a_by_rows), ("B_BY_ROWS", b_by_rows), ("BLOCK_M", shape.m), ("BLOCK_N", shape.n), ("BLOCK_K", shape.k),
-              ("GROUP", persistent.GROUP))
+              ("GROUP", shape.group), ("SPECIALIZED", shape.specialized))
     sizes = (Size(batch), Size(m), n, Size(k))
     allocs: tuple[Alloc, ...] = (Alloc(product.shape, contiguous_strides(product.shape), dtype),)
     launches: tuple[Launch, ...] = ()
@@ -466,15 +485,16 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
         units = split.rest * split.parts
         allocs += (Alloc((units * shape.m, shape.n), (shape.n, 1), torch.float32),)
         last = Size(split.whole + split.rest)
+        by = persistent.LARGE if shape.specialized else shape  # a tile of float32 takes slices, which need other warps
+        constants = _constants(*common[:-1], ("SPECIALIZED", False), ("PARTIAL", True), ("SLICES", 4))
         launches += (
             Launch(persistent.tile_kernel, (min(units, programs), 1, 1),
                    (Out(1), a.ref, b.ref, (), (), *sizes, Size(split.whole), last, Size(split.parts), Size(split.part_blocks), shape.n,
-                    a_stride, b_stride, (Size(0), Size(0))), _constants(*common, ("PARTIAL", True), ("SLICES", 4)),
-                   shape.warps, shape.stages),
+                    a_stride, b_stride, (Size(0), Size(0))), constants, by.warps, by.stages),
             Launch(persistent.finish_kernel, (split.rest, -(-shape.m // persistent.FINISH_ROWS), 1),
                    (Out(0), Out(1), c_ref, product.scale, Size(m), n, Size(split.whole), Size(split.parts), n, s_c),
                    _constants(("BLOCK_M", shape.m), ("BLOCK_N", shape.n), ("ROWS", persistent.FINISH_ROWS),
-                              ("GROUP", persistent.GROUP))))
+                              ("GROUP", shape.group))))
     metas = {x.ref: x.meta for x in (a, b, c) if x is not None}
     moved = sum(meta.numel * meta.dtype.itemsize for meta in metas.values()) + batch * m * n * dtype.itemsize
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k, aligned=True)
@@ -484,7 +504,7 @@ def _combine(target: Target, product: Product, count: int, parts: int, acc: Any)
     _, m, n, _ = product.sizes
     c = product.c
     # Few results of many parts (a long dot product) are loaded all at once: a loop over them would wait for each load.
-    block_parts = min(power_of_2(parts), max(16, 2048 // power_of_2(count)))
+    block_parts = min(power_of_2(parts), max(16, MOST_STRIPS // power_of_2(count)))
     block = min(power_of_2(count), 4096 if target.interpreted else max(2048 // block_parts, 1))
     return Launch(combine_kernel, (-(-count // block), 1, 1),
                   (Out(0), Out(1), () if c is None else (c.ref,), product.scale, Size(m), Size(n), count, Size(parts),
