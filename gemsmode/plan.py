@@ -90,6 +90,8 @@ class Alloc(NamedTuple):
         seed: if not None, one random int64 from PyTorch's generator: the op's argument of that number, or the device's
             default generator if that argument is None or the number negative. PyTorch draws it on the device, so that
             it is drawn afresh at each replay of a CUDA graph.
+        host: whether the host reads it, so that it is on the CPU; while a CUDA graph is being captured it is on the GPU,
+            because replays run without the host. No kernel has it as an argument.
     """
 
     shape: tuple[int, ...]
@@ -97,6 +99,7 @@ class Alloc(NamedTuple):
     dtype: torch.dtype
     zero: bool = False
     seed: int | None = None
+    host: bool = False
 
     @property
     def meta(self) -> TensorMeta:
@@ -315,7 +318,7 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         values[position + 4:position + 4] = e.before
     enter_hooks, exit_hooks = launch.hook_lists()
     return factory(empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, enter_hooks, exit_hooks,
-                   public, unaligned, native, _number, _draw, target.device_type, torch.uint8, *values)
+                   public, unaligned, native, _number, _draw, _host, target.device_type, torch.uint8, *values)
 
 
 _MAX_SECOND_STAGES = 32
@@ -489,6 +492,9 @@ def _bind_generic(plan: Plan, device_type: str, empty: Callable[..., torch.Tenso
             if alloc.seed is not None:
                 allocated.append(_draw(device_type, args[alloc.seed] if alloc.seed >= 0 else None))
                 continue
+            if alloc.host:
+                allocated.append(_host(alloc.shape, alloc.stride, alloc.dtype, empty))
+                continue
             tensor = empty(alloc.shape, alloc.stride, alloc.dtype)
             allocated.append(tensor.zero_() if alloc.zero else tensor)
         for step, start in zip(plan.launches, launches):
@@ -508,6 +514,12 @@ def _bind_generic(plan: Plan, device_type: str, empty: Callable[..., torch.Tenso
 
 def _draw(device_type: str, generator: torch.Generator | None) -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device_type, generator=generator)
+
+
+def _host(shape: Any, stride: Any, dtype: torch.dtype, empty: Callable[..., torch.Tensor]) -> torch.Tensor:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return empty(shape, stride, dtype)
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
 def _number(value: Any, least: int | None = None, most: int | None = None) -> Any:
@@ -589,6 +601,8 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
         sizes = f"{names()}, {names()}, {names()}"
         if alloc.seed is not None:
             lines.append(f"    out{i} = draw(device_type, {f'a{alloc.seed}' if alloc.seed >= 0 else 'None'})")
+        elif alloc.host:
+            lines.append(f"    out{i} = host({sizes}, empty)")
         else:
             lines.append(f"    out{i} = empty({sizes}){'.zero_()' if alloc.zero else ''}")
         lines.append(f"    q{i} = out{i}.data_ptr()")
@@ -608,7 +622,7 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
             lines.append(f"    {head}({''.join(_argument(v, names, False) for v in step.args)}))")
     lines.append(f"    return {_returned(plan.returns, names)}")
     values = "".join(f", v{i}" for i in range(names.count))
-    given = ("empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number, draw, "
+    given = ("empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number, draw, host, "
              f"device_type, uint8{values}")
     return (f"def make({given}):\n"
             + "".join(f"    {line}\n" for line in lines) + "    return run\n")

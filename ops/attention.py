@@ -865,9 +865,9 @@ def _sums(a: Attention, *padding: int) -> Alloc:
     return _contiguous((*a.q.meta.shape[:3], *padding), torch.float32)
 
 
-def _with_philox(plan: Plan, *shapes_and_dtypes: tuple[tuple[int, ...], torch.dtype]) -> tuple[Plan, list[Out]]:
+def _with_philox(plan: Plan, *shapes_and_dtypes: tuple[tuple[int, ...], torch.dtype], host: bool = False) -> tuple[Plan, list[Out]]:
     """``plan`` with tensors beside it that say how dropout was drawn: without dropout nothing reads or writes them."""
-    extra = tuple(_contiguous(shape, dtype) for shape, dtype in shapes_and_dtypes)
+    extra = tuple(_contiguous(shape, dtype)._replace(host=host) for shape, dtype in shapes_and_dtypes)
     count = len(plan.allocs)
     return plan._replace(allocs=plan.allocs + extra), [Out(count + i) for i in range(len(extra))]
 
@@ -967,7 +967,7 @@ def _efficient_forward(call: Call, a: Attention, out: Alloc, out_strides: Sequen
     rows = m if call.target.backend == "hip" else m + -m % 32
     lse = _contiguous((batch, heads, rows), torch.float32) if wants_lse else None
     plan = forward_plan(call, a, out, out_strides, lse, (0, 0, 0) if lse is None else lse.stride, float("inf"), rows)
-    plan, philox = _with_philox(plan, _INT, _INT)
+    plan, philox = _with_philox(plan, _INT, _INT, host=True)
     if wants_lse:
         return plan, [Out(0), Out(1), *philox]
     plan, (none,) = _with_philox(plan, ((batch, heads, 0), torch.float32))

@@ -7,6 +7,7 @@ PyTorch documentation of ``Unfold``, ``Fold``, ``PixelShuffle``, ``ChannelShuffl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -222,7 +223,7 @@ def channel_shuffle(call: Call) -> Plan:
     each = x.shape[1] // groups
     rest = range(2, x.ndim)
     spatial = [(n, step) for n, step in zip(x.shape[2:], x.stride[2:]) if n != 1]
-    if call.target.device_type != "cpu" and any(step != below * n for (_, step), (n, below) in zip(spatial, spatial[1:])):
+    if call.target.device_type != "cpu" and any(step != below * n for (_, step), (n, below) in itertools.pairwise(spatial)):
         raise Decline("PyTorch's composite rejects it: the dimensions behind the channels are not one in memory")
     return _permuted(call, x.shape, _on_cpu(call), (x.shape[0], each, groups, *x.shape[2:]),
                      (x.stride[0], x.stride[1], x.stride[1] * each, *x.stride[2:]), [(0, 1), (1, groups), (1, 1), *[(d, 1) for d in rest]])

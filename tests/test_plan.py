@@ -208,6 +208,28 @@ def test_integers_and_none_among_the_results(convention: str, monkeypatch: pytes
         assert (rows, nothing, number) == (len(x), None, -7)
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("convention", ["flat", "nested", "public"])
+def test_what_the_host_reads_is_on_the_gpu_only_during_capture(convention: str, capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Registry("host")
+    served = registry.default.candidates(find_op("exp"))[0].rule.implementation
+
+    @planned("aten.exp.default", family="test", registry=mine)
+    def exp(call: Call) -> Plan:
+        made = served(call)
+        return made._replace(allocs=(*made.allocs, Alloc((), (), torch.int64, host=True)), returns=(Out(0), Out(len(made.allocs))))
+
+    gpu = FakeGpu(monkeypatch, convention, mine)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    on_host = torch.tensor(7)
+    make_empty = torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", lambda *a, **k: on_host if k.get("device") == "cpu" else make_empty(*a, **k))
+    result, state = gpu.call("exp", X)
+    torch.testing.assert_close(result, X.exp())
+    assert state.item() == (113 if capturing else 7)  # what the tests' allocator of the GPU fills integers with
+
+
 def test_a_launcher_with_profiler_scratch_memory_takes_the_public_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for attribute in ("profile_scratch_size", "launch_cooperative_grid"):
         gpu = make("nested", monkeypatch)
