@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -119,44 +119,49 @@ def _bias(source, strides, first_m, first_n, m_size, n_size, ROWS: tl.constexpr,
 
 
 @triton.jit
+def _weights(s, top, total, bias, biases, bias_strides, o_n, first_n, n_end, o_m, first_m, m_size, shift, scale, CAUSAL: tl.constexpr,
+             MASKED: tl.constexpr, SAFE: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
+    """Of the products s [M, N]: the weights, what earlier sums are to be multiplied by, and the new maximum and sum of each row."""
+    if len(bias) == 1:
+        s = s * scale + _bias(biases, bias_strides, first_m, first_n, m_size, n_end, o_m.shape[0], o_n.shape[0], BIAS_ROW, TMA)
+    if MASKED:
+        if CAUSAL:
+            s = tl.where((o_n - first_n)[None, :] <= (tl.minimum(o_m + shift, n_end - 1) - first_n)[:, None], s, float("-inf"))
+        else:
+            s = tl.where((o_n < n_end)[None, :], s, float("-inf"))
+    if len(bias) == 1:
+        new_top = tl.maximum(top, tl.max(s, 1))
+    else:
+        new_top = tl.maximum(top, tl.max(s, 1) * scale)  # a scale is positive
+    safe = new_top
+    if SAFE:
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    if len(bias) == 1:
+        p = tl.exp2(s - safe[:, None])
+    else:
+        p = tl.exp2(s * scale - safe[:, None])
+    rescale = tl.exp2(top - safe)
+    return p, rescale, new_top, total * rescale + tl.sum(p, 1)
+
+
+@triton.jit
 def _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_row, v_row, first, last, n_end, o_m, first_m, m_size,
                d_size, v_size, shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
                MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-               BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
+               BIAS_ROW: tl.constexpr, TMA: tl.constexpr, ROLES: tl.constexpr):
     """The keys from `first` to `last` taken into acc [M, V] and the maximum and sum of each row. MASKED: not all of them count."""
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     rows = tl.arange(0, BLOCK_N)
-    for start in range(first, last, BLOCK_N):
+    for start in tl.range(first, last, BLOCK_N, warp_specialize=ROLES):
         o_n = start + rows
         m_n = o_n < n_end
         k = _fetch(keys, start, rows, o_d, k_row, m_n, o_d < d_size, MASKED, MASK_D, TMA)  # [BLOCK_N, BLOCK_D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if len(bias) == 1:
-            s = s * scale + _bias(biases, bias_strides, first_m, start, m_size, n_end, q.shape[0], BLOCK_N, BIAS_ROW, TMA)
-        elif MASKED:
-            s = s * scale
-        if MASKED:
-            counts = m_n[None, :]
-            if CAUSAL:
-                counts = counts & (o_n[None, :] <= o_m[:, None] + shift)
-            s = tl.where(counts, s, float("-inf"))
-        if MASKED or len(bias) == 1:
-            new_top = tl.maximum(top, tl.max(s, 1))
-        else:
-            new_top = tl.maximum(top, tl.max(s, 1) * scale)  # a scale is not negative
-        safe = new_top
-        if SAFE:
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        if MASKED or len(bias) == 1:
-            p = tl.exp2(s - safe[:, None])
-        else:
-            p = tl.exp2(s * scale - safe[:, None])
-        rescale = tl.exp2(top - safe)
-        total = total * rescale + tl.sum(p, 1)
+        p, rescale, top, total = _weights(s, top, total, bias, biases, bias_strides, o_n, start, n_end, o_m, first_m, m_size, shift, scale,
+                                          CAUSAL, MASKED, SAFE, BIAS_ROW, TMA)
         v = _fetch(values, start, rows, o_v, v_row, m_n, o_v < v_size, MASKED, MASK_V, TMA)  # [BLOCK_N, BLOCK_V]
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-        top = new_top
     return acc, top, total
 
 
@@ -164,9 +169,13 @@ def _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_r
 def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size, d_size, v_size, lse_rows, split_size, shift, scale,
                    q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, CAUSAL: tl.constexpr, SAFE: tl.constexpr,
                    EMPTY: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr,
-                   TMA: tl.constexpr):
+                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr,
+                   ROLES: tl.constexpr, RAGGED: tl.constexpr):
     """One block of queries of one head against one split of the keys. Grid: (query blocks of all heads, splits).
+
+    ROLES: one warp group reads blocks (through descriptors), the others compute with 64 queries each and do not wait for one
+    another, so that one computes weights while another has the tensor cores. The compiler takes one loop apart in that way,
+    so that a mask is applied to every block: if it is causal, or there are RAGGED keys after the last whole block.
 
     Strides are over batch, head, row (bias_strides: batch, head, row, key); the last of out_strides and lse_strides is
     that of splits. `lse` is () or a pointer, with lse_rows rows: those without a query are infinite. EMPTY is the lse of
@@ -191,7 +200,10 @@ def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     m_m = o_m < m_size
-    q = _load(p_q, rows, o_d, q_strides[2], m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
+    if ROLES:
+        q = _source(p_q, m_size - i_m * BLOCK_M, d_size, q_strides[2], BLOCK_M, BLOCK_D, True).load([0, 0])
+    else:
+        q = _load(p_q, rows, o_d, q_strides[2], m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -207,12 +219,17 @@ def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size
     keys = _source(p_k, n_size, d_size, k_strides[2], BLOCK_N, BLOCK_D, TMA)
     values = _source(p_v, n_size, v_size, v_strides[2], BLOCK_N, BLOCK_V, TMA)
     biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
-    acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], first, whole,
-                                 n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, False, SAFE, PRECISION, MASK_D,
-                                 MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
-    acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], whole, last,
-                                 n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, True, SAFE, PRECISION, MASK_D,
-                                 MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
+    if ROLES:
+        acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], first, last,
+                                     n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, CAUSAL or RAGGED, SAFE,
+                                     PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, True)
+    else:
+        acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], first, whole,
+                                     n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, False, SAFE, PRECISION,
+                                     MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
+        acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], whole, last,
+                                     n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, True, SAFE, PRECISION,
+                                     MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
     if SAFE:
         empty = total == 0
         total = tl.where(empty, 1.0, total)
@@ -459,12 +476,13 @@ def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Queries and keys of a program's step, its warps and pipeline depth."""
+    """Queries and keys of a program's step, its warps and pipeline depth, and whether warp groups have roles of their own."""
 
     m: int
     n: int
     warps: int
     stages: int
+    roles: bool = False
 
 
 Ladder = Sequence[tuple[int, Blocks]]
@@ -474,10 +492,14 @@ Ladder = Sequence[tuple[int, Blocks]]
 FORWARD: Ladder = ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 3)), (256, Blocks(128, 32, 8, 2)))
 FORWARD_TMA: Ladder = ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 128, 8, 2)), (256, Blocks(128, 64, 8, 2)))
 """Tensor descriptors leave registers for more keys at a time."""
+FORWARD_ROLES: Ladder = ((64, Blocks(128, 128, 4, 2, True)), (128, Blocks(128, 128, 4, 2, True)))
+"""The same on GPUs whose warp groups can have roles of their own."""
+FORWARD_BIASED: Ladder = ((64, Blocks(64, 64, 4, 2)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(128, 32, 8, 2)))
+"""With a bias read through a descriptor: four programs share a multiprocessor, so that some compute while others wait for it."""
 FORWARD_FEW: Ladder = ((128, Blocks(64, 64, 4, 3)), (256, Blocks(64, 32, 8, 2)))
 """For at most 64 queries."""
-DECODE: Ladder = ((128, Blocks(16, 64, 4, 3)), (256, Blocks(16, 32, 4, 3)))
-"""For at most 16 queries: keys and values are read once, and bandwidth decides."""
+DECODE: Ladder = ((64, Blocks(16, 64, 4, 4)), (128, Blocks(16, 32, 4, 4)), (256, Blocks(16, 32, 4, 3)))
+"""For at most 16 queries: keys and values are read once, and bandwidth decides. Four programs share a multiprocessor."""
 GRAD_KEY_VALUE: Ladder = ((64, Blocks(64, 128, 8, 2)), (128, Blocks(32, 128, 8, 2)), (256, Blocks(32, 32, 8, 1)))
 GRAD_QUERY: Ladder = ((64, Blocks(128, 64, 8, 2)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(32, 32, 8, 1)))
 
@@ -494,12 +516,20 @@ def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: b
     """The blocks of ``kind`` (``forward``, ``key_value`` or ``query``) for ``m`` queries and padded head dimension ``d``."""
     if target.interpreted:
         queries = max(min(power_of_2(m), 128), 16)
-        return Blocks(queries, 128, 4, 1)
+        return Blocks(queries, 128, 4, 1, IN_INTERPRETER == "roles")
     if itemsize == 4:
         blocks = _rung(FORWARD_FLOAT if kind == "forward" else BACKWARD_FLOAT, d)
         return Blocks(16, blocks.n, blocks.warps, blocks.stages) if kind == "forward" and m <= 16 else blocks
     if kind == "forward":
-        blocks = _rung(DECODE if m <= 16 else FORWARD_FEW if m <= 64 else FORWARD_TMA if tma else FORWARD, d)
+        if m <= 64:
+            ladder = DECODE if m <= 16 else FORWARD_FEW
+        elif not tma:
+            ladder = FORWARD
+        elif biased:
+            ladder = FORWARD_BIASED
+        else:
+            ladder = FORWARD_ROLES if target.arch == 90 and d <= 128 else FORWARD_TMA
+        blocks = _rung(ladder, d)
     else:
         blocks = _rung(GRAD_KEY_VALUE if kind == "key_value" else GRAD_QUERY, d)
     if target.backend == "hip" and kind != "forward" and d > 64:
@@ -510,17 +540,19 @@ def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: b
         blocks = Blocks(min(blocks.m, 64), keys, blocks.warps if d > 64 else 4, 1 if d > 128 else 2)
     if biased and not tma and m > 16:  # pointers to a block of the bias take two registers each
         blocks = Blocks(min(blocks.m, 32 if kind == "key_value" else 64), min(blocks.n, 32), 8 if d > 64 else 4, min(blocks.stages, 2))
-    elif biased and d > 64 and kind != "key_value":
+    elif biased and d > 64 and kind == "query":
         blocks = Blocks(blocks.m, max(blocks.n // 2, 16), blocks.warps, blocks.stages)
     held, step = (blocks.n, blocks.m) if kind == "key_value" else (blocks.m, blocks.n)
     held_rows = held if kind == "forward" else 2 * held  # the queries; or keys and values, or queries and gradients
     stages = blocks.stages
     while stages > 1 and d * itemsize * (held_rows + stages * 2 * step) > target.shared_memory:
         stages -= 1
-    return Blocks(blocks.m, blocks.n, blocks.warps, stages)
+    return replace(blocks, stages=stages)
 
 
 MAX_SPLITS = 64
+TINY = 2.0**-120
+"""A scale of zero as the forward has it: products that do not count are infinite before they are scaled."""
 
 
 def choose_splits(programs: int, n: int, target: Target) -> int:
@@ -678,8 +710,8 @@ def _grouped(a: Attention, rows_of: Sequence[tuple[int, ...]]) -> tuple[Attentio
     return a._replace(q=q, bias=bias), [rearranged(s) for s in rows_of]
 
 
-IN_INTERPRETER = False
-"""Whether the interpreter reads through tensor descriptors: for tests."""
+IN_INTERPRETER = ""
+"""``descriptors`` if the interpreter reads through tensor descriptors, ``roles`` if in the loop for warp groups too: for tests."""
 
 
 def _described(a: Attention, target: Target, *read: Operand) -> bool:
@@ -723,7 +755,7 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
     rows = max(m, lse_rows)
     head = _head_constants(d, value_d)
     block_d = max(dict(head)["BLOCK_D"], dict(head)["BLOCK_V"])
-    tma = _described(a, call.target, a.k, a.v)
+    tma = _described(a, call.target, a.q, a.k, a.v)
     blocks = choose_blocks("forward", block_d, m, a.q.meta.dtype.itemsize, tma, a.bias is not None, call.target)
     programs = -(-rows // blocks.m) * batch * heads
     splits = choose_splits(programs, n, call.target) if m <= 16 else 1
@@ -749,11 +781,12 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
     safe = a.bias is not None or (a.causal and (a.shift < 0 or splits > 1))
     constants = Constants((("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("SAFE", safe),
                            ("EMPTY", empty if splits == 1 else float("-inf")), ("PRECISION", _precision(a)), *head,
-                           ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n)))
+                           ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n), ("ROLES", blocks.roles and tma),
+                           ("RAGGED", blocks.roles and tma and n % blocks.n != 0)))
     launches = [Launch(forward_kernel, (programs, splits, 1),
                        (a.q.ref, a.k.ref, a.v.ref, bias, written, sums, Size(heads), Size(heads // a.k.meta.shape[1]), Size(m), Size(n),
-                        extent(d), extent(value_d), Size(written_rows), Size(split_size), Size(a.shift), a.scale, a.q.steps, a.k.steps,
-                        a.v.steps, bias_strides, out_steps, lse_steps), constants, blocks.warps, blocks.stages)]
+                        extent(d), extent(value_d), Size(written_rows), Size(split_size), Size(a.shift), a.scale or TINY, a.q.steps,
+                        a.k.steps, a.v.steps, bias_strides, out_steps, lse_steps), constants, blocks.warps, blocks.stages)]
     if splits > 1:
         launches.append(Launch(join_kernel, (rows * batch * heads, 1, 1),
                                (Out(len(allocs) - 2), Out(len(allocs) - 1), Out(0), given, Size(heads), Size(m), extent(value_d),
