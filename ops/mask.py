@@ -65,51 +65,68 @@ def starts_kernel(p_count, p_start, p_total, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _places(p_mask, p_start, n, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of this program's tile: element numbers, which are in range, which are true, and how many true ones come before each."""
+def _tile(p_start, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's first element, and how many true ones come before it."""
     i = tl.program_id(0)
     before = tl.load(p_start + i)
     if WIDE:
-        i = i.to(tl.int64)
+        return i.to(tl.int64) * BLOCK, before
     else:
-        before = before.to(tl.int32)
-    o = i * BLOCK + tl.arange(0, BLOCK)
+        return i * BLOCK, before.to(tl.int32)
+
+
+@triton.jit
+def _places(p_mask, first, before, n, STEP: tl.constexpr, SPARSE: tl.constexpr):
+    """Of STEP elements: their numbers, which are in range, which are true, how many true ones come before each, and before the next
+    step. SPARSE: what is written is what is true alone; then neighbours are given to neighbouring threads, for what they write to
+    lie together, and loads are narrow (else the scan would be done in the order of the loads and again in that of the stores)."""
+    o = first + tl.arange(0, STEP)
+    if SPARSE:
+        o = tl.max_contiguous(o, 1)
     m = o < n
     true = truth(tl.load(p_mask + o, mask=m, other=0))
-    return o, m, m & (true != 0), before + tl.cumsum(true, 0) - true
+    count = tl.cumsum(true, 0)
+    return o, m, m & (true != 0), before + count - true, before + tl.sum(true, 0)
 
 
 @triton.jit
-def select_kernel(p_out, p_x, p_mask, p_start, n, limit, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def select_kernel(p_out, p_x, p_mask, p_start, n, limit, WIDE: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """The elements of x where the mask is true, one after the other, ``limit`` at most. Grid: tiles."""
-    o, _, kept, place = _places(p_mask, p_start, n, WIDE, BLOCK)
-    kept = kept & (place < limit)
-    tl.store(p_out + place, tl.load(p_x + o, mask=kept), mask=kept)
+    first, before = _tile(p_start, WIDE, BLOCK)
+    for step in range(0, BLOCK, STEP):
+        o, _, kept, place, before = _places(p_mask, first + step, before, n, STEP, True)
+        kept = kept & (place < limit)
+        tl.store(p_out + place, tl.load(p_x + o, mask=kept), mask=kept)
 
 
 @triton.jit
-def fill_kernel(p_out, p_x, p_mask, p_source, p_start, n, limit, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def fill_kernel(p_out, p_x, p_mask, p_source, p_start, n, limit, WIDE: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """x, and where the mask is true the elements of the source one after the other. Grid: tiles."""
-    o, m, kept, place = _places(p_mask, p_start, n, WIDE, BLOCK)
-    tl.device_assert((kept & (place >= limit)) == 0, "fewer elements in the source than true ones in the mask")
-    b = tl.load(p_x + o, mask=m)
-    tl.store(p_out + o, tl.where(kept, tl.load(p_source + place, mask=kept), b), mask=m)
+    first, before = _tile(p_start, WIDE, BLOCK)
+    for step in range(0, BLOCK, STEP):
+        o, m, kept, place, before = _places(p_mask, first + step, before, n, STEP, False)
+        tl.device_assert((kept & (place >= limit)) == 0, "fewer elements in the source than true ones in the mask")
+        b = tl.load(p_x + o, mask=m)
+        tl.store(p_out + o, tl.where(kept, tl.load(p_source + place, mask=kept), b), mask=m)
 
 
 @triton.jit
-def coordinates_kernel(p_out, p_mask, p_start, n, limit, sizes, step, dim_step, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def coordinates_kernel(p_out, p_mask, p_start, n, limit, sizes, step, dim_step, WIDE: tl.constexpr, STEP: tl.constexpr,
+                       BLOCK: tl.constexpr):
     """Coordinates of the elements that are true, ``limit`` at most: the j-th one's along dimension d, counted from the last,
     at ``j * step - d * dim_step``. Grid: tiles."""
-    o, _, kept, place = _places(p_mask, p_start, n, WIDE, BLOCK)
-    kept = kept & (place < limit)
-    rest = o
-    for d in tl.static_range(len(sizes)):
-        if d == len(sizes) - 1:
-            i = rest
-        else:
-            i = rest % sizes[d]
-            rest = rest // sizes[d]
-        tl.store(p_out + (place * step - d * dim_step), i.to(tl.int64), mask=kept)
+    first, before = _tile(p_start, WIDE, BLOCK)
+    for start in range(0, BLOCK, STEP):
+        o, _, kept, place, before = _places(p_mask, first + start, before, n, STEP, True)
+        kept = kept & (place < limit)
+        rest = o
+        for d in tl.static_range(len(sizes)):
+            if d == len(sizes) - 1:
+                i = rest
+            else:
+                i = rest % sizes[d]
+                rest = rest // sizes[d]
+            tl.store(p_out + (place * step - d * dim_step), i.to(tl.int64), mask=kept)
 
 
 @triton.jit
@@ -128,6 +145,9 @@ def tile_of(n: int, target: Target) -> tuple[int, int]:
     while tile > 1024 and n < tile * target.multiprocessors * 2:
         tile //= 2
     return tile, max(tile // (16 * target.warp_size), 1)
+
+
+_STEP = 4  # elements a thread of a tile that are placed together
 
 
 class Counted(NamedTuple):
@@ -161,7 +181,9 @@ def counted(call: Call, flags: Any, n: int, first: int, total: Any, value: Any =
     launches = (Launch(count_kernel, (tiles, 1, 1), (flags, Out(first), extent(n)), Constants((("VALUE", value), ("BLOCK", tile))), warps),
                 Launch(starts_kernel, (1, 1, 1), (Out(first), Out(first + 1), total, Size(tiles)), Constants((("BLOCK", scan),)), 8))
     wide = n * max((m.ndim for m in call.tensors), default=1) >= WIDE
-    return Counted((count, start), launches, first + 1, (tiles, 1, 1), Constants((("WIDE", wide), ("BLOCK", tile))), warps)
+    step = tile if call.target.interpreted else warps * call.target.warp_size * _STEP
+    constants = Constants((("WIDE", wide), ("STEP", step), ("BLOCK", tile)))
+    return Counted((count, start), launches, first + 1, (tiles, 1, 1), constants, warps)
 
 
 _TOTAL = Alloc((1,), (1,), torch.int64)
@@ -221,7 +243,8 @@ def nonzero_static(call: Call) -> Plan:
     if size * ndim == 0:
         return Plan((out,), (), Out(0), {}, bytes=0)
     block = min(power_of_2(size * ndim), 1 << 16 if call.target.interpreted else 1024)
-    filling = Launch(rest_kernel, (-(-size * ndim // block), 1, 1), (Out(0), Out(1), Size(size * ndim), Size(out.stride[0]), Size(size), Size(fill)),
+    filling = Launch(rest_kernel, (-(-size * ndim // block), 1, 1),
+                     (Out(0), Out(1), Size(size * ndim), Size(out.stride[0]), Size(size), Size(fill)),
                      Constants((("BLOCK", block),)))
     if n == 0:
         return Plan((out, _TOTAL._replace(zero=True)), (filling,), Out(0), {})
