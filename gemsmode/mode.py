@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -76,11 +77,11 @@ _shared: dict[Any, tuple[Policy, _Table]] = {}
 _MAX_SHARED = 32
 
 
-def _options_key(registry: Registry, allow: Selection, deny: Selection, strict: bool, chooser: Chooser | None) -> Any:
+def _options_key(registry: Registry, allow: Selection, deny: Selection, strict: bool, chooser: Chooser | None, fuse: bool) -> Any:
     def normal(selection: Selection) -> Any:
         return tuple(selection.items()) if isinstance(selection, Mapping) else selection
 
-    return registry.name, id(registry), registry.state(), normal(allow), normal(deny), strict, chooser, current()
+    return registry.name, id(registry), registry.state(), normal(allow), normal(deny), strict, chooser, fuse, current()
 
 
 class GemsMode(TorchDispatchMode):
@@ -118,6 +119,9 @@ class GemsMode(TorchDispatchMode):
         prefer: ``"rules"``: a rule runs wherever one serves; ``"fastest"``: the first call of each signature times the rule and
             PyTorch's own, and the faster one runs from then on, in later processes too. See :mod:`gemsmode.choice`, whose
             :class:`~gemsmode.choice.Chooser` may be given instead.
+        fuse: experimental: let elementwise calls and row reductions wait, and run neighbouring ones as one kernel once something
+            needs their values. See :mod:`gemsmode.fuse` for what is guarded and what is not. Not with ``trace``, ``verify``,
+            ``dry_run`` or ``prefer="fastest"``, nor for a whole process.
 
     Raises:
         UnknownOpError: a name in ``allow`` or ``deny`` that selects nothing; the message lists the nearest names.
@@ -140,13 +144,15 @@ class GemsMode(TorchDispatchMode):
     def __init__(self, allow: Selection = None, deny: Selection = None, trace: bool = False, strict: bool = False,
                  registry: Registry | None = None, *, dry_run: bool | str | Target = False, verify: bool = False,
                  on_mismatch: str | Callable[[Mismatch], Any] = "warn", reproducers: str | os.PathLike[str] | None = None,
-                 prefer: str | Chooser | None = None) -> None:
+                 prefer: str | Chooser | None = None, fuse: bool = False) -> None:
         super().__init__()
         load_ops()
         self._chooser = as_chooser(prefer)
         self._registry = registry if registry is not None else registry_module.default
         allow, deny = as_names(allow), as_names(deny)
-        self._options = allow, deny, strict, self._chooser
+        if fuse:
+            self._fuse = _fusing(trace=trace, dry_run=dry_run, verify=verify, prefer=self._chooser, whole_process=isinstance(self, _ProcessMode))
+        self._options = allow, deny, strict, self._chooser, fuse
         self._selectors = tuple(None if s is None else Selector(s, self._registry) for s in (allow, deny))
         self.recorder: Recorder | None = None
         if dry_run and verify:
@@ -179,7 +185,8 @@ class GemsMode(TorchDispatchMode):
         found = _shared.get(key)
         if found is None:
             policy = self._new_policy()
-            found = policy, _Table(lambda op: policy.handler(op).call)
+            fuse = self._fuse
+            found = policy, _Table((lambda op: policy.handler(op).call) if fuse is None else fuse.Deferring(policy).function)
             policy.reentry = _Reentry(*found)
             while len(_shared) >= _MAX_SHARED:
                 _shared.pop(next(iter(_shared)), None)
@@ -226,6 +233,8 @@ class GemsMode(TorchDispatchMode):
     _dry: DryRun | None = None
     _verifier: Verifier | None = None
     _chooser: Chooser | None = None
+    _fuse: ModuleType | None = None
+    """:mod:`gemsmode.fuse`, of a mode that fuses."""
 
     def _among_others(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """A call with tensor subclasses in it, or with other modes below this one."""
@@ -295,7 +304,12 @@ class GemsMode(TorchDispatchMode):
 
     def __enter__(self) -> GemsMode:
         # An inner mode's choice wins and nothing is counted twice: the outer one is off the stack meanwhile.
-        _blocks().append(_Block(self, _take_off_stack()))
+        outer = _take_off_stack()
+        if outer is not None and outer._fuse is not None:
+            outer._fuse.flush_all()
+        if self._fuse is not None:
+            self._fuse.enter()
+        _blocks().append(_Block(self, outer))
         super().__enter__()
         _put_at_bottom(_take_off_stack())
         if self.recorder is not None:
@@ -308,6 +322,8 @@ class GemsMode(TorchDispatchMode):
         if i is None:
             raise RuntimeError("this thread has not entered the GemsMode that it leaves")
         outer = blocks.pop(i).outer
+        if self._fuse is not None:
+            self._fuse.leave()
         if self.recorder is not None:
             self.recorder.leave(exc_value)
         if self._chooser is not None:
@@ -338,6 +354,19 @@ class GemsMode(TorchDispatchMode):
                 return function(*args, **kwargs)
 
         return cast(F, wrapped)
+
+
+def _fusing(**options: Any) -> ModuleType:
+    """:mod:`gemsmode.fuse`, if no other option is given that does not go with it.
+
+    Raises:
+        ValueError: one is.
+    """
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ValueError(f"fuse=True does not go with {', '.join(given).replace('whole_process', 'enable()')}: calls that wait to be run together "
+                         "have no time, result or decision of their own")
+    return importlib.import_module("gemsmode.fuse")
 
 
 class _Reentry(GemsMode):
