@@ -258,8 +258,8 @@ class _Group:
         done: whether it was run.
     """
 
-    __slots__ = ("by_rows", "device", "done", "key", "number", "numbers", "shape", "slot_at", "slots", "steps", "stream", "target", "thread",
-                 "values")
+    __slots__ = ("by_rows", "device", "done", "key", "number", "numbers", "shape", "slot_at", "slots", "steps", "stream", "target",
+                 "thread", "values")
 
     def __init__(self, recipe: _Recipe, stream: int, thread: int) -> None:
         self.number = next(_numbers)
@@ -773,7 +773,6 @@ def _compiled(spec: launch_module.Spec, step: Launch, at: Sequence[int], group: 
 
     if found is None or found.scratch or target.device_type != "cuda":
         return public
-    flat: list[str] = []
     if found.nested:
         runtime, _ = launch_module.split_parameters(spec.kernel)
         by_name = {n: _text_of(v, True) for n, v in zip(runtime, step.args)}
@@ -781,14 +780,15 @@ def _compiled(spec: launch_module.Spec, step: Launch, at: Sequence[int], group: 
     else:
         arguments = f"({''.join(_text_of(v, False) for v in step.args)})"
     before = ", ".join(f"before[{i}]" for i in range(len(found.before)))
-    flat = ["def run(group, held):",
-            "    if enter_hooks or exit_hooks or current_device() != device:",
-            "        return public(group, held)",
-            "    I, V, N = group.slots, group.values, group.numbers",
-            f"    function({', '.join(map(str, step.grid))}, group.stream, {before}, {arguments})"]
-    text = "\n".join(flat).replace("OUT", "V")
     for k, i in enumerate(at):
-        text = text.replace(f"<{k}>", f"V[{i}].pointer")
+        arguments = arguments.replace(f"<{k}>", f"V[{i}].pointer")
+    text = f"""
+def run(group, held):
+    if enter_hooks or exit_hooks or current_device() != device:
+        return public(group, held)
+    I, V, N = group.slots, group.values, group.numbers
+    function({', '.join(map(str, step.grid))}, group.stream, {before}, {arguments})
+"""
     enter_hooks, exit_hooks = launch_module.hook_lists()
     scope: dict[str, Any] = {"function": found.function, "before": found.before, "public": public, "device": device,
                              "enter_hooks": enter_hooks, "exit_hooks": exit_hooks, "current_device": torch._C._cuda_getDevice}
@@ -985,7 +985,8 @@ class _Generator:
                 self._reduce(index, step, dtype)
             else:
                 blocks = ", ".join(f"tl.broadcast_to({g}, {mask}.shape)" for g in given)
-                self.lines.append(f"v{index} = convert(tl.broadcast_to({self._function(recipe.function)}({blocks}), {mask}.shape), {dtype})")
+                result = f"{self._function(recipe.function)}({blocks})"
+                self.lines.append(f"v{index} = convert(tl.broadcast_to({result}, {mask}.shape), {dtype})")
             if index in self.read_inside:
                 hidden = recipe.result.dtype in (torch.float32, torch.float64)
                 self.lines.append(f"w{index} = opaque(v{index}, zero)" if hidden else f"w{index} = v{index}")
@@ -1117,8 +1118,8 @@ def _of_all(*args: Any, **kwargs: Any) -> None:
     flush_all()
 
 
-_TENSOR_METHODS = ("data_ptr", "const_data_ptr", "untyped_storage", "numpy", "tolist", "__repr__", "__array__", "__dlpack__", "__reduce_ex__",
-                   "__deepcopy__", "share_memory_")
+_TENSOR_METHODS = ("data_ptr", "const_data_ptr", "untyped_storage", "numpy", "tolist", "__repr__", "__array__", "__dlpack__",
+                   "__reduce_ex__", "__deepcopy__", "share_memory_")
 """Methods of tensors that ask for memory without a call of an op."""
 
 

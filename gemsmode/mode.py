@@ -151,7 +151,8 @@ class GemsMode(TorchDispatchMode):
         self._registry = registry if registry is not None else registry_module.default
         allow, deny = as_names(allow), as_names(deny)
         if fuse:
-            self._fuse = _fusing(trace=trace, dry_run=dry_run, verify=verify, prefer=self._chooser, whole_process=isinstance(self, _ProcessMode))
+            self._fuse = _fusing({"trace": trace, "dry_run": dry_run, "verify": verify, "prefer": self._chooser,
+                                  "enable()": isinstance(self, _ProcessMode)})
         self._options = allow, deny, strict, self._chooser, fuse
         self._selectors = tuple(None if s is None else Selector(s, self._registry) for s in (allow, deny))
         self.recorder: Recorder | None = None
@@ -356,7 +357,7 @@ class GemsMode(TorchDispatchMode):
         return cast(F, wrapped)
 
 
-def _fusing(**options: Any) -> ModuleType:
+def _fusing(options: Mapping[str, Any]) -> ModuleType:
     """:mod:`gemsmode.fuse`, if no other option is given that does not go with it.
 
     Raises:
@@ -364,8 +365,8 @@ def _fusing(**options: Any) -> ModuleType:
     """
     given = [name for name, value in options.items() if value]
     if given:
-        raise ValueError(f"fuse=True does not go with {', '.join(given).replace('whole_process', 'enable()')}: calls that wait to be run together "
-                         "have no time, result or decision of their own")
+        raise ValueError(f"fuse=True does not go with {', '.join(given)}: a call that waits to be run with others has no time or result of "
+                         "its own, and needs a block that ends")
     return importlib.import_module("gemsmode.fuse")
 
 

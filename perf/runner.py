@@ -40,9 +40,10 @@ from perf import models, start
 from perf.cases import DTYPES, GROWING, Case, llama_parameters, shrunk
 from perf.measure import Context, Runnable, Stopwatch, Times
 
-PROVIDERS = ("eager", "gemsmode", "fastest", "patch", "capture", "fastest+capture", "patch+capture", "compile", "flag_gems", "liger_kernel")
-"""Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")``; of whole models ``patch`` is ``gemsmode.patch`` under the mode
-and ``capture`` is ``gemsmode.capture``; ``compile`` is ``torch.compile``."""
+PROVIDERS = ("eager", "gemsmode", "fastest", "fuse", "patch", "capture", "fastest+capture", "patch+capture", "compile", "flag_gems",
+             "liger_kernel")
+"""Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")`` and ``fuse`` is ``GemsMode(fuse=True)``; of whole models ``patch``
+is ``gemsmode.patch`` under the mode and ``capture`` is ``gemsmode.capture``; ``compile`` is ``torch.compile``."""
 
 OF_MODELS = ("patch", "capture", "fastest+capture", "patch+capture")
 """Providers that run whole models only."""
@@ -363,6 +364,9 @@ class Runner:
         if name == "fastest":
             fastest = gemsmode.GemsMode(prefer="fastest")
             return lambda: fastest
+        if name == "fuse":
+            fusing = gemsmode.GemsMode(fuse=True)
+            return lambda: fusing
         if name == "flag_gems":
             import flag_gems
 
@@ -573,7 +577,7 @@ class Runner:
         row["check"] = prepared.case.check
         for name, runnable in runnables.items():
             try:
-                again = name in ("eager", "gemsmode", "fastest") and prepared.case.group != "model"
+                again = name in ("eager", "gemsmode", "fastest", "fuse") and prepared.case.group != "model"
                 fresh = prepared.fresh() if again else runnable.call
                 with runnable.around():
                     result = fresh()
