@@ -763,8 +763,9 @@ def cudnn_batch_norm(call: Call) -> Plan:
 
 
 def _batch_norm_backward(call: Call, g: int, x: int, w: int, mean: int, spread: int, eps: int, train: bool,
-                         mask: tuple[bool, bool, bool]) -> Plan:
-    """Backward; all but the last two arguments are positions. ``spread``: 1 / std in training, else the running variance."""
+                         mask: tuple[bool, bool, bool], out: tuple[int, ...]) -> Plan:
+    """Backward; all but the last three arguments are positions. ``spread``: 1 / std in training, else the running variance.
+    ``out``: the strides of the input's gradient."""
     grad, given, weight, centre, width = (call.args[i] for i in (g, x, w, mean, spread))
     target = call.target
     if centre is None or width is None:
@@ -778,7 +779,6 @@ def _batch_norm_backward(call: Call, g: int, x: int, w: int, mean: int, spread: 
         parameter = weight.dtype
     else:
         parameter = parameter_dtype(given, (centre,), target) if target.device_type == "cpu" else given.dtype
-    out = _new_strides(given, target)
     shape = _channels(given, [out, grad.stride, given.stride], target)
     for meta in (weight, centre, width):
         _per_channel(meta, shape.channels)
@@ -816,8 +816,12 @@ def _batch_norm_backward(call: Call, g: int, x: int, w: int, mean: int, spread: 
 
 @planned("aten.native_batch_norm_backward.default", dtype(*FLOAT), family="norm", kernel=batch_norm_backward_kernel)
 def batch_norm_backward(call: Call) -> Plan:
-    train = call["train"]
-    return _batch_norm_backward(call, 0, 1, 2, 5 if train else 3, 6 if train else 4, 8, train, tuple(call["output_mask"]))
+    """Of PyTorch's kernels for GPUs only those for training give a gradient in another than the contiguous format."""
+    train, x = call["train"], call["input"]
+    out = suggested_strides(x)
+    if call.target.device_type != "cpu" and not (train and _dense_as(x, out)):
+        out = contiguous_strides(x.shape)
+    return _batch_norm_backward(call, 0, 1, 2, 5 if train else 3, 6 if train else 4, 8, train, tuple(call["output_mask"]), out)
 
 
 @planned("aten.cudnn_batch_norm_backward.default", dtype(*FLOAT, arg="input"), family="norm", kernel=batch_norm_backward_kernel)
@@ -826,4 +830,4 @@ def cudnn_batch_norm_backward(call: Call) -> Plan:
     x = call["input"]
     if not (x.is_contiguous or _dense_as(x, suggested_strides(x))):
         raise Decline("PyTorch rejects it: an input that is not contiguous")
-    return _batch_norm_backward(call, 1, 0, 2, 5, 6, 7, True, (True, True, True))
+    return _batch_norm_backward(call, 1, 0, 2, 5, 6, 7, True, (True, True, True), _new_strides(x, call.target))

@@ -338,6 +338,8 @@ def _only_pointwise_writes(call: Call, plan: Callable[[], Plan]) -> Plan:
 
 @planned("aten.mse_loss_backward.default", dtype(*FLOAT), family="loss", kernel=mse_gradient)
 def mse_loss_backward(call: Call) -> Plan:
+    if call.target.device_type != "cpu":
+        _same_dtype(call, "grad_output", "self", "target")
     common = result_type([call["grad_output"], call["self"], call["target"]])
     return _loss_backward(call, mse_gradient, ("grad_output", "self", "target"), common, contiguous_strides(call["self"].shape))
 
@@ -439,10 +441,12 @@ def nll_kernel(p_out, p_total, p_x, p_target, weight, n_rows, steps, classes, ig
     """Negative log likelihood of rows. Grid: programs that share the rows.
 
     KIND: "none" (p_out gets each row's loss, p_total 0), "one" (the same for a single row; p_total gets its weight),
-    "parts" (each program's sums of loss and weight), "sum" and "mean" (one program: the results).
+    "parts" (each program's sums of loss and weight), "sum" and "mean" (one program: the results), "mean or 0" (a mean, but 0 of
+    no row).
     """
     sum_loss = tl.zeros([BLOCK], ACC)
     sum_weight = tl.zeros([BLOCK], ACC)
+    kept = tl.zeros([BLOCK], tl.int32)
     for t in range(tl.program_id(0), steps, tl.num_programs(0)):
         o_row = tl.arange(0, BLOCK)
         if WIDE:
@@ -459,6 +463,7 @@ def nll_kernel(p_out, p_total, p_x, p_target, weight, n_rows, steps, classes, ig
         loss = tl.where(m_counts, -x * w, 0.0)
         sum_loss += loss
         sum_weight += w
+        kept += m_counts.to(tl.int32)
         if KIND == "none" or KIND == "one":
             tl.store(p_out + o_row, loss.to(p_out.dtype.element_ty), mask=m_row)
     total_loss = tl.sum(sum_loss, axis=0)
@@ -475,6 +480,9 @@ def nll_kernel(p_out, p_total, p_x, p_target, weight, n_rows, steps, classes, ig
         tl.store(p_total, total_weight.to(p_total.dtype.element_ty))
         if KIND == "mean":
             total_loss = total_loss / total_weight
+        if KIND == "mean or 0":
+            counted = tl.sum(kept, axis=0) > 0
+            total_loss = tl.where(counted, total_loss / tl.where(counted, total_weight, 1.0), 0.0)
         tl.store(p_out, total_loss.to(p_out.dtype.element_ty))
 
 
@@ -582,7 +590,9 @@ def _nll(call: Call, two_d: bool) -> Plan:
         kind = "one" if x.ndim == 1 else "none"
         programs = max(share.steps, 1)
     elif programs == 1:
-        kind = "mean" if reduction == MEAN else "sum"
+        # Of one row that is ignored the CPU gives NaN, and a GPU 0.
+        alone = x.ndim == 1 and call.target.device_type != "cpu"
+        kind = "sum" if reduction != MEAN else "mean or 0" if alone else "mean"
     else:
         kind = "parts"
         first, second = Out(2), Out(3)

@@ -13,6 +13,7 @@ from typing import Any
 
 import harness
 import pytest
+import support
 import torch
 from compile_worker import Job
 
@@ -37,6 +38,7 @@ def compile_calls(calls: Sequence[tuple[str, tuple[Any, ...]]], target: str, fol
     Raises:
         AssertionError: a call is not served, does not compile, or spills.
     """
+    support.skip_compiling_for_a_gpu_that_is_present()
     if harness.OPTIONS.brief and target != "cuda:90":
         pytest.skip("compiled with --generated")
     jobs = [Job(str(find_op(name)), args, f"call {i}", True, True) for i, (name, args) in enumerate(calls)]

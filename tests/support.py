@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,21 @@ def run(name: str, *args: Any) -> Any:
     return found.run(*given)
 
 
+def check_results(name: str, args: tuple[Any, ...], wanted: Sequence[bool]) -> None:
+    """A rule's results of a call are PyTorch's or near float64, as far as they are ``wanted``: others may be left unwritten."""
+    import harness
+
+    op = find_op(name)
+
+    def of_interest(*given: Any) -> list[Any]:
+        return [result for result, want in zip(op(*given), wanted, strict=True) if want]
+
+    native, exact = harness.quietly(of_interest, *args), harness.reference(lambda given: of_interest(*given), args)
+    outcome = harness.under_mode(of_interest, *args)
+    assert outcome.intercepted([op]), outcome.calls
+    harness.compare(harness.label(op, args), outcome.result, native, exact)
+
+
 def reason(name: str, *args: Any) -> str:
     """Why a call passes through."""
     op = find_op(name)
@@ -102,6 +118,15 @@ def stack() -> list[Any]:
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     return list(_get_current_dispatch_mode_stack())
+
+
+def skip_compiling_for_a_gpu_that_is_present() -> None:
+    """Skip a test of what is compiled for GPUs: machines without one run it, and on a GPU the other tests compile and launch."""
+    import harness
+    import pytest
+
+    if harness.OPTIONS.device != "cpu":
+        pytest.skip("compiled where no GPU is present")
 
 
 needs_cuda = "needs a GPU: run with --device cuda"

@@ -10,9 +10,19 @@ import torch
 from gpu_sizes import compile_calls, on_gpu
 from vision import check, layouts, passes, randn, refuse
 
+from gemsmode import registry
+from gemsmode.handlers import Policy
+from gemsmode.target import Target
+
 aten = torch.ops.aten
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules follow PyTorch's setting, which allows TF32; PyTorch's own kernels take it or do not."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any,
@@ -74,6 +84,15 @@ def test_pytorch_rejects() -> None:
     x = randn(2, 6, 8, 8)
     refuse(lambda: aten.convolution(x, randn(6, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 6))
     refuse(lambda: aten.convolution(x, randn(6, 1, 9, 9), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 6))
+
+
+def test_tf32_is_used_where_pytorch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = (on_gpu((2, 3, 64, 64), F32), on_gpu((64, 3, 16, 16), F32), None, (16, 16), (0, 0), (1, 1), False, (0, 0), 1)
+    for allowed, precision in ((False, "ieee"), (True, "tf32"), (False, "ieee")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        policy = Policy(registry.default, target=Target("cuda", "cuda", 90, present=False))
+        plan = policy.handler(aten.convolution.default).decide(call, bind=False).plan
+        assert plan is not None and dict(plan.launches[-1].constants)["PRECISION"] == precision
 
 
 def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:

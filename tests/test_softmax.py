@@ -103,16 +103,17 @@ def test_long_rows(n: int, device: str) -> None:
         torch.testing.assert_close(run(BACKWARD[1], g, y, 1, torch.float32).double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(9, 40_000), (3, 3, 33_000)])
+@pytest.mark.parametrize("shape", [(9,), (3, 3)], ids=["rows", "strided rows"])
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_rows_that_fill_the_registers(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> None:
     """Each program takes several rows, the last ones fewer; the rows lie in two dimensions that do not merge."""
-    x = torch.randn(*shape, device=device) * 3
-    x.view(-1, shape[-1])[0] = -INF
-    x.view(-1, shape[-1])[1, 7] = 1e4
-    x = torch.cat([x, x], 0).to(dtype)[::2] if len(shape) == 3 else x.to(dtype)
+    width = 40_000 if device == "cpu" else 20_000  # a row fills the interpreter's block, and a GPU's registers
+    x = torch.randn(*shape, width, device=device) * 3
+    x.view(-1, width)[0] = -INF
+    x.view(-1, width)[1, 7] = 1e4
     if device == "cuda":
         x = x.repeat(torch.cuda.get_device_properties(0).multi_processor_count, *[1] * (x.ndim - 1))
+    x = torch.cat([x, x], 0).to(dtype)[::2] if len(shape) == 2 else x.to(dtype)
     planned = Policy(registry.default).handler(find_op(FORWARD[0])).decide((TensorMeta.of(x), x.ndim - 1, False), bind=False).plan
     assert planned is not None and [step.kernel for step in planned.launches] == [softmax.softmax_rows_kernel]
     for name in FORWARD:
