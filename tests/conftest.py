@@ -38,8 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # also where a GPU is present
     import torch
 
-    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: PyTorch sees no GPU")
+    if config.getoption("--device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: PyTorch sees no GPU")
+        os.environ["GEMSMODE_SLOWER"] = "serve"  # what PyTorch does faster is to be right, too
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
     import harness

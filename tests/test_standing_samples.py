@@ -331,9 +331,10 @@ LEFT_OUT: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
 """Calls that mean something else in another layout, because values change with it, and that PyTorch leaves open or asserts."""
 
 
-@pytest.mark.parametrize("op", OTHERS if harness.OPTIONS.brief else EVERY, ids=short_name)
+@pytest.mark.parametrize("op", EVERY if harness.OPTIONS.full else OTHERS, ids=short_name)
 def test_layouts(op: OpOverload) -> None:
-    """OpInfo's calls with all tensors, and with only the first, laid out in other ways."""
+    """OpInfo's calls with all tensors, and with only the first, laid out in other ways. (:data:`SHAPES` has those of
+    elementwise ops.)"""
     skip_crashes(op)
     here, name_of_op = harness.OPTIONS.device, short_name(op)
     places, contiguous_for, _ = OF_CONTIGUOUS.get(name_of_op, ((), (), ""))
