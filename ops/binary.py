@@ -645,13 +645,19 @@ def heaviside(self, values):
 @pointwise("aten.maximum.default")
 @triton.jit
 def maximum(self, other):
-    return tl.where((self > other) | (self != self), self, other)
+    if self.dtype.is_floating():
+        return tl.maximum(self, other, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return tl.where(self > other, self, other)
 
 
 @pointwise("aten.minimum.default")
 @triton.jit
 def minimum(self, other):
-    return tl.where((self < other) | (self != self), self, other)
+    if self.dtype.is_floating():
+        return tl.minimum(self, other, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return tl.where(self < other, self, other)
 
 
 @pointwise("aten.fmax.default")
