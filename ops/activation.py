@@ -416,6 +416,14 @@ def _gelu(self):
 
 
 @triton.jit
+def _fast_gelu(self):
+    # The normal distribution's tail beyond |x| (see _fast_gelu_backward): its relative error is small, which erf's is not near -1.
+    a = tl.abs(self)
+    tail = tl.exp(-0.5 * a * a) * maths.polynomial(maths.fast_reciprocal(1 + 0.4 * a), maths.NORMAL_TAIL_16)
+    return self * tl.where(self < 0, tail, 1 - tail)
+
+
+@triton.jit
 def _gelu_tanh(self):
     u = self * (1.5957691216057307118 + 0.071354816272600248776 * self * self)  # 2 u
     return maths.divide(self, 1 + maths.exp(-u))
@@ -428,7 +436,7 @@ def _fast_gelu_tanh(self):
 
 
 def _forward(call: Call) -> Any:
-    return _gelu if call["approximate"] == "none" else _by_width(_fast_gelu_tanh, _gelu_tanh)(call)
+    return (_by_width(_fast_gelu, _gelu) if call["approximate"] == "none" else _by_width(_fast_gelu_tanh, _gelu_tanh))(call)
 
 
 def _known_approximation(call: Call, common: torch.dtype) -> None:

@@ -103,6 +103,11 @@ def _gelu_gate(a, b):
 
 
 @triton.jit
+def _fast_gelu_gate(a, b):
+    return activation._fast_gelu(a) * b
+
+
+@triton.jit
 def _tanh_gate(a, b):
     return activation._gelu_tanh(a) * b
 
@@ -119,7 +124,7 @@ def _gelu_gate_backward(grad, a, b):
 
 @triton.jit
 def _fast_gelu_gate_backward(grad, a, b):
-    return activation._fast_gelu_backward(grad * b, a), grad * activation._gelu(a)
+    return activation._fast_gelu_backward(grad * b, a), grad * activation._fast_gelu(a)
 
 
 @triton.jit
@@ -135,6 +140,11 @@ def _fast_tanh_gate_backward(grad, a, b):
 @triton.jit
 def _biased_gelu(input, bias):
     return activation._gelu(input + bias)
+
+
+@triton.jit
+def _fast_biased_gelu(input, bias):
+    return activation._fast_gelu(input + bias)
 
 
 @triton.jit
@@ -208,12 +218,12 @@ pointwise("gemsmode.silu_and_mul.default", dtypes=FLOAT, select=_silu(_fast_silu
 pointwise("gemsmode.silu_and_mul_backward.default", dtypes=FLOAT, select=_silu(_fast_silu_gate_backward, _silu_gate_backward),
           outputs=(None, None), check=_alike, family="fused", flops=13, name="silu_and_mul_backward")(_silu_gate_backward)
 pointwise("gemsmode.gelu_and_mul.default", dtypes=FLOAT, check=_approximation, family="fused", flops=9, name="gelu_and_mul",
-          select=lambda call: _pick(call, (_gelu_gate, _gelu_gate), (_fast_tanh_gate, _tanh_gate)))(_gelu_gate)
+          select=lambda call: _pick(call, (_fast_gelu_gate, _gelu_gate), (_fast_tanh_gate, _tanh_gate)))(_gelu_gate)
 pointwise("gemsmode.gelu_and_mul_backward.default", dtypes=FLOAT, outputs=(None, None), check=_alike_and_approximation, family="fused",
           flops=18, name="gelu_and_mul_backward", select=lambda call: _pick(
               call, (_fast_gelu_gate_backward, _gelu_gate_backward), (_fast_tanh_gate_backward, _tanh_gate_backward)))(_gelu_gate_backward)
 pointwise("gemsmode.add_bias_gelu.default", dtypes=FLOAT, check=_approximation, family="fused", flops=9, name="add_bias_gelu",
-          select=lambda call: _pick(call, (_biased_gelu, _biased_gelu), (_fast_biased_tanh, _biased_tanh)))(_biased_gelu)
+          select=lambda call: _pick(call, (_fast_biased_gelu, _biased_gelu), (_fast_biased_tanh, _biased_tanh)))(_biased_gelu)
 pointwise("gemsmode.add_bias_gelu_backward.default", dtypes=FLOAT, check=_as_input, family="fused", flops=17, name="add_bias_gelu_backward",
           select=lambda call: _pick(call, (_fast_biased_gelu_backward, _biased_gelu_backward),
                                     (_fast_biased_tanh_backward, _biased_tanh_backward)))(_biased_gelu_backward)
