@@ -50,7 +50,7 @@ from gemsmode.ops.layout import broadcast_strides, merge
 from gemsmode.ops.pointwise import MAX_DIMS, choose_flat, choose_tile, convert, flat_kernel, indexed_kernel, power_of_2, tiled_kernel
 from gemsmode.ops.reduction import reduce_kernel, tree
 from gemsmode.plan import Alloc, Arg, Launch, Num, Out, Plan, Size, extent, specs, stride
-from gemsmode.signature import TensorMeta, describe, parameters
+from gemsmode.signature import TensorMeta, describe
 from gemsmode.target import Target
 
 log = logging.getLogger("gemsmode")
@@ -370,6 +370,7 @@ class _Group:
             for slot in self.slots:
                 bits |= slot.pointer
             key = (tuple(self.key), live, bits & 15 == 0)
+            _inside.depth += 1
             try:
                 program = _programs.get(key)
                 if program is None:
@@ -385,6 +386,8 @@ class _Group:
                 _one_by_one(self, held)
                 if counts is not None:
                     counts.append(Flushed(tuple([s.recipe.name for s in self.steps]), sum(live), False))
+            finally:
+                _inside.depth -= 1
             if self.stream and self.thread != threading.get_ident():
                 _wait_for(self.stream, self.device)
 
@@ -538,13 +541,8 @@ def _enqueue(recipe: _Recipe, args: tuple[Any, ...]) -> Any:
         return made
 
 
-@functools.cache
-def _allocator(device_type: str) -> Callable[..., torch.Tensor]:
-    return plan_module._allocator(device_type)
-
-
 def _empty_for(device_type: str) -> Callable[..., torch.Tensor]:
-    empty = _allocator(device_type)
+    empty = plan_module._allocator(device_type)
     return plan_module._poisoned_empty(empty) if plan_module._poisoned else empty
 
 
@@ -568,8 +566,9 @@ class Deferring:
         call = handler.call
         if not isinstance(op, OpOverload) or communicates(op):
             return _after_all(call)
-        if op.is_view or str(op) in _NEEDS_NO_VALUE or (handler.composite and handler.functions is None):
-            return call  # a composite's calls come one by one
+        # A composite's calls come one by one. Ops such as `contiguous` are views by their schema, and copy all the same.
+        if handler.functions is None and (op.is_view or handler.composite or str(op) in _NEEDS_NO_VALUE):
+            return call
         guarded = _guarded(call, op._schema.is_mutable)
         return guarded if handler.functions is None or handler.composite else _deferring(handler, guarded)
 
@@ -1023,7 +1022,7 @@ class _Generator:
 
     def launch(self) -> Launch:
         """The kernel and how it is launched; ``Arg`` are the group's tensors, ``Out`` the values written, ``Num`` its numbers."""
-        group, target = self.group, self.group.target
+        group = self.group
         n = 1
         for size in group.shape:
             n *= size
