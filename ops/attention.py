@@ -301,7 +301,7 @@ def delta_kernel(p_grad, p_out, p_delta, heads, m_size, v_size, grad_strides, ou
 def _over_queries(dk, dv, k, v, queries, grads, p_lse, p_delta, bias, biases, bias_strides, q_row, grad_row, lse_row, first, last, o_n,
                   first_n, m_size, n_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
                   MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                  BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
+                  BIAS_ROW: tl.constexpr, TMA: tl.constexpr, ROLES: tl.constexpr):
     """The queries from `first` to `last` taken into dk [N, D] and dv [N, V].
 
     Scores are held transposed, [N, M], so that they are left operands as they are. Rows after the last query are zeros,
@@ -311,7 +311,7 @@ def _over_queries(dk, dv, k, v, queries, grads, p_lse, p_delta, bias, biases, bi
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     rows = tl.arange(0, BLOCK_M)
-    for start in range(first, last, BLOCK_M):
+    for start in tl.range(first, last, BLOCK_M, warp_specialize=ROLES):
         o_m = start + rows
         m_m = o_m < m_size
         at = tl.cast(start, tl.int64)
@@ -340,8 +340,11 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
                           scale, q_strides, k_strides, v_strides, bias_strides, grad_strides, lse_strides, dk_strides, dv_strides,
                           CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                          BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
-    """The gradients of one block of keys and values, from all queries of the heads that use them. Grid: (key blocks of all key heads)."""
+                          BIAS_ROW: tl.constexpr, TMA: tl.constexpr, ROLES: tl.constexpr):
+    """The gradients of one block of keys and values, from all queries of the heads that use them. Grid: (key blocks of all key heads).
+
+    ROLES: as :func:`forward_kernel` has them, for groups of one head.
+    """
     blocks = tl.cdiv(n_size, BLOCK_N)
     i_bg = tl.program_id(0) // blocks
     i_n = tl.program_id(0) % blocks  # with a causal mask the first keys have the most queries
@@ -356,25 +359,37 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
     m_n = o_n < n_size
     p_k += i_b * k_strides[0] + i_g * k_strides[1] + row * k_strides[2]
     p_v += i_b * v_strides[0] + i_g * v_strides[1] + row * v_strides[2]
-    k = _load(p_k, rows, o_d, k_strides[2], m_n, o_d < d_size, True, MASK_D)  # [BLOCK_N, BLOCK_D]
-    v = _load(p_v, rows, o_v, v_strides[2], m_n, o_v < v_size, True, MASK_V)  # [BLOCK_N, BLOCK_V]
+    if ROLES:
+        k = _source(p_k, n_size - i_n * BLOCK_N, d_size, k_strides[2], BLOCK_N, BLOCK_D, True).load([0, 0])
+        v = _source(p_v, n_size - i_n * BLOCK_N, v_size, v_strides[2], BLOCK_N, BLOCK_V, True).load([0, 0])
+    else:
+        k = _load(p_k, rows, o_d, k_strides[2], m_n, o_d < d_size, True, MASK_D)  # [BLOCK_N, BLOCK_D]
+        v = _load(p_v, rows, o_v, v_strides[2], m_n, o_v < v_size, True, MASK_V)  # [BLOCK_N, BLOCK_V]
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     first = 0
     if CAUSAL:
         first = tl.maximum(i_n * BLOCK_N - shift, 0) // BLOCK_M * BLOCK_M
-    for member in range(0, group):
-        i_h = i_g * group + member
-        p_q_head = p_q + i_b * q_strides[0] + i_h * q_strides[1]
-        p_grad_head = p_grad + i_b * grad_strides[0] + i_h * grad_strides[1]
-        p_lse_head = p_lse + i_b * lse_strides[0] + i_h * lse_strides[1]
-        p_delta_head = p_delta + (i_b * heads + i_h) * m_size
-        queries = _source(p_q_head, m_size, d_size, q_strides[2], BLOCK_M, BLOCK_D, TMA)
-        grads = _source(p_grad_head, m_size, v_size, grad_strides[2], BLOCK_M, BLOCK_V, TMA)
-        biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
-        dk, dv = _over_queries(dk, dv, k, v, queries, grads, p_lse_head, p_delta_head, bias, biases, bias_strides, q_strides[2],
-                               grad_strides[2], lse_strides[2], first, m_size, o_n, i_n * BLOCK_N, m_size, n_size, d_size, v_size, shift,
-                               scale * LOG2E, CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
+    if ROLES:
+        queries = _source(p_q + i_b * q_strides[0] + i_g * q_strides[1], m_size, d_size, q_strides[2], BLOCK_M, BLOCK_D, True)
+        grads = _source(p_grad + i_b * grad_strides[0] + i_g * grad_strides[1], m_size, v_size, grad_strides[2], BLOCK_M, BLOCK_V, True)
+        dk, dv = _over_queries(dk, dv, k, v, queries, grads, p_lse + i_b * lse_strides[0] + i_g * lse_strides[1],
+                               p_delta + (i_b * heads + i_g) * m_size, bias, p_q, bias_strides, q_strides[2], grad_strides[2],
+                               lse_strides[2], first, m_size, o_n, i_n * BLOCK_N, m_size, n_size, d_size, v_size, shift, scale * LOG2E,
+                               CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V, BIAS_ROW, True, True)
+    else:
+        for member in range(0, group):
+            i_h = i_g * group + member
+            p_q_head = p_q + i_b * q_strides[0] + i_h * q_strides[1]
+            p_grad_head = p_grad + i_b * grad_strides[0] + i_h * grad_strides[1]
+            p_lse_head = p_lse + i_b * lse_strides[0] + i_h * lse_strides[1]
+            p_delta_head = p_delta + (i_b * heads + i_h) * m_size
+            queries = _source(p_q_head, m_size, d_size, q_strides[2], BLOCK_M, BLOCK_D, TMA)
+            grads = _source(p_grad_head, m_size, v_size, grad_strides[2], BLOCK_M, BLOCK_V, TMA)
+            biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
+            dk, dv = _over_queries(dk, dv, k, v, queries, grads, p_lse_head, p_delta_head, bias, biases, bias_strides, q_strides[2],
+                                   grad_strides[2], lse_strides[2], first, m_size, o_n, i_n * BLOCK_N, m_size, n_size, d_size, v_size,
+                                   shift, scale * LOG2E, CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
     p_dk += i_b * dk_strides[0] + i_g * dk_strides[1] + row * dk_strides[2]
     p_dv += i_b * dv_strides[0] + i_g * dv_strides[1] + row * dv_strides[2]
     _store(p_dk, dk * scale, rows, o_d, dk_strides[2], m_n, o_d < d_size, MASK_D)
@@ -385,12 +400,12 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
 def _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides, k_row, v_row, first,
                     last, n_size, o_m, first_m, m_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
                     PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
+                    BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr, ROLES: tl.constexpr):
     """The keys from `first` to `last` taken into dq [M, D]; sums [M] is the lse in base 2."""
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     rows = tl.arange(0, BLOCK_N)
-    for start in range(first, last, BLOCK_N):
+    for start in tl.range(first, last, BLOCK_N, warp_specialize=ROLES):
         o_n = start + rows
         m_n = o_n < n_size
         k = _fetch(keys, start, rows, o_d, k_row, m_n, o_d < d_size, MASKED, MASK_D, TMA)  # [BLOCK_N, BLOCK_D]
@@ -419,9 +434,12 @@ def _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_s
 def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, heads, group, m_size, n_size, d_size, v_size, shift, scale,
                       q_strides, k_strides, v_strides, bias_strides, grad_strides, lse_strides, dq_strides, dbias_strides,
                       CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr,
-                      TMA: tl.constexpr):
-    """The gradient of one block of queries, and of the bias if `dbias` is a pointer. Grid: (query blocks of all heads)."""
+                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr,
+                      ROLES: tl.constexpr, RAGGED: tl.constexpr):
+    """The gradient of one block of queries, and of the bias if `dbias` is a pointer. Grid: (query blocks of all heads).
+
+    ROLES and RAGGED: as :func:`forward_kernel` has them.
+    """
     blocks = tl.cdiv(m_size, BLOCK_M)
     i_bh = tl.program_id(0) // blocks
     i_m = tl.program_id(0) % blocks
@@ -444,10 +462,18 @@ def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, 
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     m_m = o_m < m_size
-    q = _load(p_q, rows, o_d, q_strides[2], m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
-    grad = _load(p_grad, rows, o_v, grad_strides[2], m_m, o_v < v_size, True, MASK_V)  # [BLOCK_M, BLOCK_V]
-    sums = tl.load(p_lse + rows * lse_strides[2], mask=m_m, other=0.0) * LOG2E
-    delta = tl.load(p_delta + i_bh.to(tl.int64) * m_size + row + rows, mask=m_m, other=0.0)
+    if ROLES:
+        q = _source(p_q, m_size - i_m * BLOCK_M, d_size, q_strides[2], BLOCK_M, BLOCK_D, True).load([0, 0])
+        grad = _source(p_grad, m_size - i_m * BLOCK_M, v_size, grad_strides[2], BLOCK_M, BLOCK_V, True).load([0, 0])
+    else:
+        q = _load(p_q, rows, o_d, q_strides[2], m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
+        grad = _load(p_grad, rows, o_v, grad_strides[2], m_m, o_v < v_size, True, MASK_V)  # [BLOCK_M, BLOCK_V]
+    if ROLES:
+        sums = tl.make_tensor_descriptor(p_lse, [m_size - i_m * BLOCK_M], [1], [BLOCK_M]).load([0]) * LOG2E
+        delta = tl.make_tensor_descriptor(p_delta + i_bh.to(tl.int64) * m_size + row, [m_size - i_m * BLOCK_M], [1], [BLOCK_M]).load([0])
+    else:
+        sums = tl.load(p_lse + rows * lse_strides[2], mask=m_m, other=0.0) * LOG2E
+        delta = tl.load(p_delta + i_bh.to(tl.int64) * m_size + row + rows, mask=m_m, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale2 = scale * LOG2E
     last = n_size
@@ -461,12 +487,17 @@ def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, 
     keys = _source(p_k, n_size, d_size, k_strides[2], BLOCK_N, BLOCK_D, TMA)
     values = _source(p_v, n_size, v_size, v_strides[2], BLOCK_N, BLOCK_V, TMA)
     biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
-    dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides, k_strides[2],
-                         v_strides[2], 0, whole, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, False,
-                         PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
-    dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides, k_strides[2],
-                         v_strides[2], whole, last, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, True,
-                         PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
+    if ROLES:
+        dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides,
+                             k_strides[2], v_strides[2], 0, last, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2,
+                             CAUSAL, CAUSAL or RAGGED, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, True)
+    else:
+        dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides,
+                             k_strides[2], v_strides[2], 0, whole, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2,
+                             CAUSAL, False, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
+        dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides,
+                             k_strides[2], v_strides[2], whole, last, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2,
+                             CAUSAL, True, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
     p_dq += i_b * dq_strides[0] + i_h * dq_strides[1] + row * dq_strides[2]
     _store(p_dq, dq * scale, rows, o_d, dq_strides[2], m_m, o_d < d_size, MASK_D)
 
@@ -501,6 +532,8 @@ FORWARD_FEW: Ladder = ((128, Blocks(64, 64, 4, 3)), (256, Blocks(64, 32, 8, 2)))
 DECODE: Ladder = ((64, Blocks(16, 64, 4, 4)), (128, Blocks(16, 32, 4, 4)), (256, Blocks(16, 32, 4, 3)))
 """For at most 16 queries: keys and values are read once, and bandwidth decides. Four programs share a multiprocessor."""
 GRAD_KEY_VALUE: Ladder = ((64, Blocks(64, 128, 8, 2)), (128, Blocks(32, 128, 8, 2)), (256, Blocks(32, 32, 8, 1)))
+GRAD_KEY_VALUE_ROLES: Ladder = ((64, Blocks(64, 128, 4, 2, True)), (128, Blocks(32, 128, 4, 2, True)))
+GRAD_QUERY_ROLES: Ladder = ((64, Blocks(128, 64, 4, 2, True)), (128, Blocks(128, 64, 4, 2, True)))
 GRAD_QUERY: Ladder = ((64, Blocks(128, 64, 8, 2)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(32, 32, 8, 1)))
 
 # The same for float32, whose products are computed without tensor cores: sums take a register each.
@@ -512,14 +545,19 @@ def _rung(ladder: Ladder, d: int) -> Blocks:
     return next(blocks for limit, blocks in ladder if d <= limit)
 
 
-def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: bool, target: Target) -> Blocks:
-    """The blocks of ``kind`` (``forward``, ``key_value`` or ``query``) for ``m`` queries and padded head dimension ``d``."""
+def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: bool, roles: bool, target: Target) -> Blocks:
+    """The blocks of ``kind`` (``forward``, ``key_value`` or ``query``) for ``m`` queries and padded head dimension ``d``.
+
+    ``tma``, ``biased``, ``roles``: what is read through descriptors; whether there is a bias; whether the kernel could have
+    roles for warp groups.
+    """
     if target.interpreted:
         queries = max(min(power_of_2(m), 128), 16)
-        return Blocks(queries, 128, 4, 1, IN_INTERPRETER == "roles")
+        return Blocks(queries, 128, 4, 1, roles and IN_INTERPRETER == "roles")
     if itemsize == 4:
         blocks = _rung(FORWARD_FLOAT if kind == "forward" else BACKWARD_FLOAT, d)
         return Blocks(16, blocks.n, blocks.warps, blocks.stages) if kind == "forward" and m <= 16 else blocks
+    roles = roles and target.arch == 90 and 64 < m and d <= 128
     if kind == "forward":
         if m <= 64:
             ladder = DECODE if m <= 16 else FORWARD_FEW
@@ -528,10 +566,12 @@ def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: b
         elif biased:
             ladder = FORWARD_BIASED
         else:
-            ladder = FORWARD_ROLES if target.arch == 90 and d <= 128 else FORWARD_TMA
-        blocks = _rung(ladder, d)
+            ladder = FORWARD_ROLES if roles else FORWARD_TMA
+    elif kind == "key_value":
+        ladder = GRAD_KEY_VALUE_ROLES if roles else GRAD_KEY_VALUE
     else:
-        blocks = _rung(GRAD_KEY_VALUE if kind == "key_value" else GRAD_QUERY, d)
+        ladder = GRAD_QUERY_ROLES if roles else GRAD_QUERY
+    blocks = _rung(ladder, d)
     if target.backend == "hip" and kind != "forward" and d > 64:
         blocks = Blocks(32, 32, 4, 1) if d <= 128 else Blocks(16, 16, 4, 1)
     elif not target.has_wgmma and m > 16:
@@ -756,7 +796,7 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
     head = _head_constants(d, value_d)
     block_d = max(dict(head)["BLOCK_D"], dict(head)["BLOCK_V"])
     tma = _described(a, call.target, a.q, a.k, a.v)
-    blocks = choose_blocks("forward", block_d, m, a.q.meta.dtype.itemsize, tma, a.bias is not None, call.target)
+    blocks = choose_blocks("forward", block_d, m, a.q.meta.dtype.itemsize, tma, a.bias is not None, tma and a.bias is None, call.target)
     programs = -(-rows // blocks.m) * batch * heads
     splits = choose_splits(programs, n, call.target) if m <= 16 else 1
     split_size = -(-n // splits)
@@ -781,8 +821,8 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
     safe = a.bias is not None or (a.causal and (a.shift < 0 or splits > 1))
     constants = Constants((("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("SAFE", safe),
                            ("EMPTY", empty if splits == 1 else float("-inf")), ("PRECISION", _precision(a)), *head,
-                           ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n), ("ROLES", blocks.roles and tma),
-                           ("RAGGED", blocks.roles and tma and n % blocks.n != 0)))
+                           ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n), ("ROLES", blocks.roles),
+                           ("RAGGED", blocks.roles and n % blocks.n != 0)))
     launches = [Launch(forward_kernel, (programs, splits, 1),
                        (a.q.ref, a.k.ref, a.v.ref, bias, written, sums, Size(heads), Size(heads // a.k.meta.shape[1]), Size(m), Size(n),
                         extent(d), extent(value_d), Size(written_rows), Size(split_size), Size(a.shift), a.scale or TINY, a.q.steps,
@@ -823,8 +863,10 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
     block_d = max(dict(head)["BLOCK_D"], dict(head)["BLOCK_V"])
     itemsize = a.q.meta.dtype.itemsize
     tma = _described(a, call.target, a.q, a.k, a.v, grad)
-    for_keys = choose_blocks("key_value", block_d, m, itemsize, tma, a.bias is not None, call.target)
-    for_queries = choose_blocks("query", block_d, m, itemsize, tma, a.bias is not None, call.target)
+    # The sums of rows are read through descriptors then: addresses are multiples of 16 bytes.
+    roles = tma and a.bias is None and lse.stride[2] == 1 and not (m % 4 or lse.stride[0] % 4 or lse.stride[1] % 4)
+    for_keys = choose_blocks("key_value", block_d, m, itemsize, tma, a.bias is not None, roles and group == 1, call.target)
+    for_queries = choose_blocks("query", block_d, m, itemsize, tma, a.bias is not None, roles, call.target)
     common = (("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("PRECISION", _precision(a)), *head)
     delta = Out(len(allocs) + (grad_bias is not None))
     sizes = (Size(heads), Size(group), Size(m), Size(n), extent(d), extent(value_d), Size(a.shift), a.scale)
@@ -841,10 +883,12 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
                Constants((("MASK_V", dict(head)["MASK_V"]), ("BLOCK_M", delta_rows), ("BLOCK_V", dict(head)["BLOCK_V"])))),
         Launch(grad_key_value_kernel, (-(-n // for_keys.n) * batch * (heads // group), 1, 1),
                (*tensors, Out(1), Out(2), *sizes, *strides, written[1], written[2]),
-               Constants((*common, ("BLOCK_M", for_keys.m), ("BLOCK_N", for_keys.n))), for_keys.warps, for_keys.stages),
+               Constants((*common, ("BLOCK_M", for_keys.m), ("BLOCK_N", for_keys.n), ("ROLES", for_keys.roles))),
+               for_keys.warps, for_keys.stages),
         Launch(grad_query_kernel, (-(-m // for_queries.m) * batch * heads, 1, 1),
                (*tensors, Out(0), dbias, *sizes, *strides, written[0], dbias_strides),
-               Constants((*common, ("BLOCK_M", for_queries.m), ("BLOCK_N", for_queries.n))), for_queries.warps, for_queries.stages),
+               Constants((*common, ("BLOCK_M", for_queries.m), ("BLOCK_N", for_queries.n), ("ROLES", for_queries.roles),
+                          ("RAGGED", for_queries.roles and n % for_queries.n != 0))), for_queries.warps, for_queries.stages),
     )
     if max(step.grid[0] for step in launches) >= 2**31:
         raise Decline("more blocks than a grid can have")

@@ -94,10 +94,9 @@ def test_what_is_not_served_says_why() -> None:
     q = torch.randn(1, 2, 4, 16, dtype=torch.float64, device=current().device_type)
     with GemsMode(strict=True, trace=True) as mode:
         scaled_dot_product_attention(q, q, q)
-    if q.is_cuda:
-        return  # PyTorch has no fused op for float64 there, but matrix products and a softmax
     rows = [r for r in mode.report.to_dict()["ops"] if "attention" in r["overload"]]
-    assert rows and all(r["decision"] == "pass" and "float64" in r["reason"] for r in rows)
+    assert bool(rows) != q.is_cuda  # where PyTorch has no op of its own for float64, but takes products and a softmax
+    assert all(r["decision"] == "pass" and "float64" in r["reason"] for r in rows)
 
 
 # -- the ops of CUDA, in the interpreter on CPU tensors ------------------------------------------------------------------
@@ -144,7 +143,7 @@ def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 CUDA_SIZES = {
     "grouped, other head dimension of values": (2, 4, 2, 40, 48, 16, 24),
     "decode of a group": (1, 4, 1, 1, 600, 24, 24),
-    "two blocks": (1, 1, 1, 130, 136, 32, 32),
+    "two blocks": (1, 1, 1, 132, 136, 32, 32),
 }
 
 
@@ -210,9 +209,11 @@ def test_cudnn_and_efficient_ops(name: str, mask: str, reading: str, device: str
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("size", [(2, 4, 2, 40, 48, 16), (1, 2, 1, 1, 600, 24), (1, 1, 1, 150, 130, 64)], ids=str)
-def test_flash_ops(size: tuple[int, ...], causal: bool, device: str) -> None:
+@pytest.mark.parametrize("size", [(2, 4, 2, 40, 48, 16), (1, 2, 1, 1, 600, 24), (1, 1, 1, 152, 130, 64)], ids=str)
+def test_flash_ops(size: tuple[int, ...], causal: bool, reading: str, device: str) -> None:
     """The causal mask is aligned to the last query and key; what is [B, M, H, D] gives the same."""
+    if reading and (size[-1] != 64 or device == "cuda"):
+        pytest.skip("one size read through descriptors is enough")
     q, k, v, grad = inputs(*size, dtype=torch.float16, device=device)
     batch, heads, _, m, n, _ = size
     out, sums = exact(q, k, v, causal, right=True)
