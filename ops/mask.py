@@ -147,7 +147,12 @@ def tile_of(n: int, target: Target) -> tuple[int, int]:
     return tile, max(tile // (16 * target.warp_size), 1)
 
 
-_STEP = 4  # elements a thread of a tile that are placed together
+_STEP = 4  # elements a thread that are placed together
+
+
+def step_of(tile: int, warps: int, target: Target) -> int:
+    """Elements of a tile that are placed together: few a thread, for many programs to share a multiprocessor."""
+    return tile if target.interpreted else warps * target.warp_size * _STEP
 
 
 class Counted(NamedTuple):
@@ -181,8 +186,7 @@ def counted(call: Call, flags: Any, n: int, first: int, total: Any, value: Any =
     launches = (Launch(count_kernel, (tiles, 1, 1), (flags, Out(first), extent(n)), Constants((("VALUE", value), ("BLOCK", tile))), warps),
                 Launch(starts_kernel, (1, 1, 1), (Out(first), Out(first + 1), total, Size(tiles)), Constants((("BLOCK", scan),)), 8))
     wide = n * max((m.ndim for m in call.tensors), default=1) >= WIDE
-    step = tile if call.target.interpreted else warps * call.target.warp_size * _STEP
-    constants = Constants((("WIDE", wide), ("STEP", step), ("BLOCK", tile)))
+    constants = Constants((("WIDE", wide), ("STEP", step_of(tile, warps, call.target)), ("BLOCK", tile)))
     return Counted((count, start), launches, first + 1, (tiles, 1, 1), constants, warps)
 
 

@@ -14,6 +14,7 @@ from gemsmode.target import Target, current
 
 load_ops()
 
+from gemsmode.ops import mask  # noqa: E402
 from gemsmode.ops.indexing import Staged, choose_staged  # noqa: E402
 from gemsmode.ops.scatter import EXCHANGES_ON_HIP, WholeRows, choose_whole_rows  # noqa: E402
 
@@ -215,6 +216,17 @@ def test_nonzero(shape: tuple[int, ...]) -> None:
         exactly(lambda t: aten.nonzero_static(t, size=7, fill_value=-5), x)
     if len(shape) == 2:
         exactly(aten.nonzero, torch.randint(-1, 2, shape, device=device).t())
+
+
+@pytest.mark.skipif(not current().interpreted, reason="tiles take several steps on a GPU as it is")
+def test_masks_in_tiles_of_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask, "tile_of", lambda n, target: (256, 4))
+    monkeypatch.setattr(mask, "step_of", lambda tile, warps, target: 64)
+    x, flags = torch.randn(29, 43), torch.rand(29, 43) < 0.3
+    exactly(aten.nonzero, flags)
+    exactly(aten.masked_select, x, flags)
+    exactly(aten.masked_scatter, x, flags, torch.randn(1300))
+    exactly(aten.masked_scatter_backward, x, flags, [1300])
 
 
 def test_masked_select_and_scatter() -> None:
