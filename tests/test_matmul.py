@@ -591,3 +591,35 @@ def test_a_long_dot_product_adds_its_parts_at_once() -> None:
     plan = matmul.dot(gemsmode.Call(aten.dot.default, (x, x), Target("cuda", "cuda", 90, present=False)))
     parts, combine = plan.launches[0].grid[1], dict(plan.launches[1].constants)
     assert combine["BLOCK_PARTS"] >= parts > 100
+
+
+def test_launch_choices_are_read_from_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemsmode.ops import matmul, persistent
+    from gemsmode.target import Target
+
+    gpu, newer = (Target("cuda", "cuda", arch, present=False) for arch in (90, 100))
+    monkeypatch.setitem(matmul.STRIPS, "dot", matmul.Strip(1, 2048, 8, 16, 2, "evict_first"))
+    x = TensorMeta(torch.float32, (2**26,), (1,), torch.device("cuda", 0))
+    first = matmul.dot(gemsmode.Call(aten.dot.default, (x, x), gpu)).launches[0]
+    chosen = dict(first.constants)
+    assert (chosen["BLOCK_K"], chosen["EVICT"], first.num_warps) == (2048, "evict_first", 8)
+    assert 0.9 * 16 * gpu.multiprocessors < first.grid[1] <= 16 * gpu.multiprocessors
+    special = persistent.Shape(128, 256, 64, 1, 4, 3, 1, specialized=True)
+    monkeypatch.setattr(persistent, "SHAPES", ((1024, (persistent.PAIRED,)), (2**31, (special, persistent.LARGE))))
+    assert persistent.choose_shape(4096, 4096, 4096, 1, gpu) == special
+    assert persistent.choose_shape(4096, 4096, 4096, 1, newer) == persistent.LARGE
+    assert persistent.choose_shape(4096, 4096, 1024, 1, gpu) == persistent.PAIRED
+
+
+def test_warps_of_their_own_for_loads(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    from gemsmode.ops import persistent
+
+    small = device == "cpu"
+    shape = persistent.Shape(32, 64, 32, 1, 4, 1, 1, True) if small else persistent.Shape(128, 256, 64, 1, 4, 3, 1, True)
+    if not small and not any(s.specialized for _, shapes in persistent.SHAPES for s in shapes):
+        pytest.skip("no launch choice has them")
+    monkeypatch.setattr(persistent, "choose_shape", lambda *sizes: shape)
+    m, n, k = (136, 200, 112) if small else (4104, 4200, 1048)
+    a, b = normal(m, k, dtype=torch.bfloat16), normal(n, k, dtype=torch.bfloat16, seed=1).t()
+    assert kernels_of(aten.mm.default, a, b)[0] == "tile_kernel"
+    check_tiles(torch.mm, a, b)
