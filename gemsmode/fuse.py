@@ -50,7 +50,7 @@ from gemsmode.ops.layout import broadcast_strides, merge
 from gemsmode.ops.pointwise import MAX_DIMS, choose_flat, choose_tile, convert, flat_kernel, indexed_kernel, power_of_2, tiled_kernel
 from gemsmode.ops.reduction import reduce_kernel, tree
 from gemsmode.plan import Alloc, Arg, Launch, Num, Out, Plan, Size, extent, specs, stride
-from gemsmode.signature import TensorMeta, describe
+from gemsmode.signature import TensorMeta, describe, make_functions
 from gemsmode.target import Target
 
 log = logging.getLogger("gemsmode")
@@ -102,22 +102,26 @@ class _Recipe:
         result: the result's dtype, shape and strides.
         result_meta: the same as a number.
         tensors: for each tensor it reads: position among the arguments, metadata, its number.
-        numbers: for each Python number it reads: position, the dtype of the kernel's parameter, and the limits of its value.
+        numbers: for each Python number it reads: position, whether it becomes a float, and else the limits of its value.
+        kinds: the dtypes of the kernel's parameters for them.
         operands: for each parameter of ``function``: whether it is a tensor, the position in ``tensors`` or ``numbers``, and
             the names of the dtypes that it is converted to and computed in.
         inplace: the position of the argument that it writes, or None.
         function: the scalar function; for a reduction None.
         reduction: of a reduction its functions and what a masked element reads as.
         launch: the launch of the call by itself.
+        sizes: of a new result shape, strides and dtype.
         template: the arguments that are the same for every call of this signature; None elsewhere.
     """
 
-    __slots__ = ("device", "function", "handler", "inplace", "inplace_meta", "launch", "number", "numbers", "operands", "reduces",
-                 "reduction", "result", "result_meta", "shape", "template", "tensors")
+    __slots__ = ("device", "empty", "function", "handler", "inplace", "kinds", "launch", "numbers", "operands", "reduces", "reduction",
+                 "result", "result_meta", "shape", "sizes", "stream", "template", "tensors")
 
     def __init__(self, handler: OpHandler, plan: Plan, args: Sequence[Any], device: int) -> None:
-        self.number = next(_numbers)
         self.handler, self.device = handler, device
+        device_type = handler.policy.target.device_type
+        self.empty = _empty_for(device_type)
+        self.stream = _current_stream if device_type == "cuda" and _current_stream is not None else _no_stream
         step = plan.launches[0]
         self.launch = step
         constants = dict(step.constants)
@@ -125,7 +129,8 @@ class _Recipe:
         self.inplace = plan.returns.index if plan.returns.__class__ is Arg else None
         sources = step.args[1]
         self.tensors: list[tuple[int, TensorMeta, int]] = []
-        self.numbers: list[tuple[int, str, tuple[int, int] | None]] = []
+        self.numbers: list[tuple[int, bool, int, int]] = []
+        self.kinds: list[str] = []
         self.operands: list[tuple[bool, int, str, str]] = []
         hows = [(0, *how) for how in constants["HOW"]] if self.reduces else constants["HOW"]
         for source, (_, common, compute) in zip(sources, hows):
@@ -135,15 +140,108 @@ class _Recipe:
                 self.tensors.append((source.index, meta, _meta_number(meta)))
             else:
                 self.operands.append((False, len(self.numbers), _name_of(common), _name_of(compute)))
-                self.numbers.append((source.index, source.dtype, source.limits))
+                least, most = source.limits or (-2**63, 2**63 - 1)
+                self.numbers.append((source.index, source.dtype[0] == "f", least, most))
+                self.kinds.append(source.dtype)
         self.function = None if self.reduces else constants["FN"]
         self.reduction = (constants["LANE"], constants["BLOCK"], constants["MERGE"], constants["POST"], constants["OTHER"][0]
                           ) if self.reduces else None
         self.result = plan.metas[plan.returns] if self.inplace is not None else plan.allocs[0].meta
         self.result_meta = _meta_number(self.result)
         self.shape = self.tensors[0][1].shape if self.reduces else self.result.shape
-        varying = {i for i, _, _ in self.tensors} | {i for i, _, _ in self.numbers} | ({self.inplace} - {None})
+        self.sizes = (self.result.shape, self.result.stride, self.result.dtype)
+        varying = {i for i, _, _ in self.tensors} | {n[0] for n in self.numbers} | ({self.inplace} - {None})
         self.template = [None if i in varying else a for i, a in enumerate(args)]
+
+    def enqueue(self, *args: Any) -> Any:
+        """Let a call wait and give back its result, unwritten."""
+        numbers: list[float | int] = []
+        for index, is_float, least, most in self.numbers:
+            if is_float:
+                numbers.append(float(args[index]))
+            else:
+                number = int(args[index])
+                if not least <= number <= most:
+                    raise OverflowError(number)
+                numbers.append(number)
+        with _lock:
+            stream = self.stream(self.device)
+            thread = _identify()
+            home: _Group | None = None
+            found = []
+            for index, meta, number in self.tensors:
+                tensor = args[index]
+                storage = _storage_of(tensor)
+                pointer = _data_ptr(tensor)
+                value = _pending.get(storage._cdata)
+                if value is not None:
+                    group = value.group
+                    if value.pointer != pointer or value.meta != number or group.stream != stream or group.thread != thread:
+                        group.flush()
+                        value = None
+                    elif home is None:
+                        home = group
+                    elif group is not home:
+                        if home.can_absorb(group):
+                            home.absorb(group)
+                        else:
+                            group.flush()
+                            value = None
+                found.append((value, storage, pointer, meta, number))
+            if self.inplace is not None:
+                return self._enqueue_inplace(args[self.inplace], found, home, stream, thread, numbers)
+            if home is not None and (home.done or not home.accepts(self)):
+                home.flush()
+                home = None
+            if home is None:
+                home = _Group(self, stream, thread)
+            made = self.empty(*self.sizes)
+            self._append(home, found, None, numbers)
+            storage = _storage_of(made)
+            _pending[storage._cdata] = value = _Value(home, storage._weak_ref(), _data_ptr(made), self.result_meta, None)
+            home.values.append(value)
+            return made
+
+    def _append(self, home: _Group, found: list[Any], target: int | None, numbers: list[float | int]) -> None:
+        sources = []
+        for value, storage, pointer, meta, number in found:
+            if value is not None and value.group is home:
+                sources.append(value.index)
+            else:
+                at = home.slot_at.get((pointer, number))
+                sources.append(~(home.slot(storage, pointer, meta, number) if at is None else at))
+        home.steps.append((self, tuple(sources), target))
+        if numbers:
+            home.numbers += numbers
+
+    def _enqueue_inplace(self, target: torch.Tensor, found: list[Any], home: _Group | None, stream: int, thread: int,
+                         numbers: list[float | int]) -> Any:
+        own = _storage_of(target)
+        address, pointer, number = own._cdata, _data_ptr(target), self.result_meta
+        if any(s._cdata == address and (p != pointer or n != number) for _, s, p, _, n in found):
+            raise ValueError("it reads what it writes elsewhere")
+        before = _pending.get(address)
+        if before is not None and (before.group is not home or before.pointer != pointer or before.meta != number):
+            before.group.flush()
+            before = None
+        for group in list(_readers.get(address, ())):
+            if group is not home or any(s.storage._cdata == address and (s.pointer != pointer or s.number != number) for s in group.slots):
+                group.flush()
+        if home is not None and (home.done or not home.accepts(self)):
+            home.flush()
+            home = None
+        if home is None:
+            home = _Group(self, stream, thread)
+        if before is not None and before.group is home:
+            before.is_last = False
+            slot = before.slot
+            self._append(home, found, before.index if slot is None else ~slot, numbers)
+        else:
+            slot = home.slot(own, pointer, self.result, number)
+            self._append(home, found, ~slot, numbers)
+        _pending[address] = value = _Value(home, address, pointer, number, slot)
+        home.values.append(value)
+        return target
 
     @property
     def name(self) -> str:
@@ -211,8 +309,9 @@ class _Value:
 
     __slots__ = ("group", "index", "is_last", "meta", "pointer", "slot", "storage")
 
-    def __init__(self, group: _Group, index: int, storage: int, pointer: int, meta: int, slot: int | None) -> None:
-        self.group, self.index, self.storage, self.pointer, self.meta, self.slot = group, index, storage, pointer, meta, slot
+    def __init__(self, group: _Group, storage: int, pointer: int, meta: int, slot: int | None) -> None:
+        self.group, self.storage, self.pointer, self.meta, self.slot = group, storage, pointer, meta, slot
+        self.index = len(group.values)
         self.is_last = True
 
 
@@ -225,18 +324,9 @@ class _Slot(NamedTuple):
     number: int
 
 
-class _Step(NamedTuple):
-    """A call of a group.
-
-    Attributes:
-        recipe: what it does.
-        sources: for each tensor it reads a value's number, or ``~slot``.
-        target: what an in-place call writes over, in the same way; else None.
-    """
-
-    recipe: _Recipe
-    sources: tuple[int, ...]
-    target: int | None
+_Step = tuple[_Recipe, tuple[int, ...], "int | None"]
+"""A call of a group: what it does; for each tensor it reads a value's number, or ``~slot``; and, in the same way, what an
+in-place call writes over."""
 
 
 _pending: dict[int, _Value] = {}
@@ -258,7 +348,7 @@ class _Group:
         done: whether it was run.
     """
 
-    __slots__ = ("by_rows", "device", "done", "key", "number", "numbers", "shape", "slot_at", "slots", "steps", "stream", "target",
+    __slots__ = ("by_rows", "device", "done", "number", "numbers", "shape", "slot_at", "slots", "steps", "stream", "target",
                  "thread", "values")
 
     def __init__(self, recipe: _Recipe, stream: int, thread: int) -> None:
@@ -273,7 +363,6 @@ class _Group:
         self.slots: list[_Slot] = []
         self.slot_at: dict[tuple[int, int], int] = {}
         self.numbers: list[float | int] = []
-        self.key: list[Any] = []
         if len(_groups) >= MAX_GROUPS:
             next(iter(_groups.values())).flush()
         _groups[self.number] = self
@@ -307,10 +396,9 @@ class _Group:
         """Take over all calls of ``other``, which then is no more."""
         first = len(self.values)
         slots = [self.slot(s.storage, s.pointer, s.meta, s.number) for s in other.slots]
-        for step in other.steps:
-            sources = tuple([first + s if s >= 0 else ~slots[~s] for s in step.sources])
-            target = step.target
-            self._append(step.recipe, sources, None if target is None else first + target if target >= 0 else ~slots[~target])
+        for recipe, sources, target in other.steps:
+            self.steps.append((recipe, tuple([first + s if s >= 0 else ~slots[~s] for s in sources]),
+                               None if target is None else first + target if target >= 0 else ~slots[~target]))
         for value in other.values:
             value.group, value.index = self, first + value.index
             value.slot = None if value.slot is None else slots[value.slot]
@@ -330,10 +418,6 @@ class _Group:
             if self not in readers:
                 readers.append(self)
         return at
-
-    def _append(self, recipe: _Recipe, sources: tuple[int, ...], target: int | None) -> None:
-        self.steps.append(_Step(recipe, sources, target))
-        self.key.append((recipe.number, sources, target))
 
     def _leave_readers(self) -> None:
         for slot in self.slots:
@@ -369,7 +453,7 @@ class _Group:
             bits = 0
             for slot in self.slots:
                 bits |= slot.pointer
-            key = (tuple(self.key), live, bits & 15 == 0)
+            key = (tuple(self.steps), live, bits & 15 == 0)
             _inside.depth += 1
             try:
                 program = _programs.get(key)
@@ -379,13 +463,13 @@ class _Group:
                     program = _programs[key] = _make_program(self, live, not bits & 15)
                 program(self, held)
                 if counts is not None:
-                    counts.append(Flushed(tuple([s.recipe.name for s in self.steps]), sum(live)))
+                    counts.append(Flushed(tuple([recipe.name for recipe, _, _ in self.steps]), sum(live)))
             except Exception as error:
                 _warn_once(self, error)
                 _programs[key] = _one_by_one
                 _one_by_one(self, held)
                 if counts is not None:
-                    counts.append(Flushed(tuple([s.recipe.name for s in self.steps]), sum(live), False))
+                    counts.append(Flushed(tuple([recipe.name for recipe, _, _ in self.steps]), sum(live), False))
             finally:
                 _inside.depth -= 1
             if self.stream and self.thread != threading.get_ident():
@@ -407,7 +491,7 @@ _warned: set[str] = set()
 
 
 def _warn_once(group: _Group, error: Exception) -> None:
-    names = ", ".join(step.recipe.name for step in group.steps)
+    names = ", ".join(recipe.name for recipe, _, _ in group.steps)
     if names not in _warned:
         _warned.add(names)
         log.warning("fuse: %s run call by call, as their kernel failed: %s: %s", names, type(error).__name__, error)
@@ -454,91 +538,12 @@ def _touch_all(values: Iterable[Any], written: bool) -> None:
 
 # -- from calls to groups ----------------------------------------------------------------------------------------------
 
-_NOT_DEFERRED = object()
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _identify = threading.get_ident
 
 
-def _enqueue(recipe: _Recipe, args: tuple[Any, ...]) -> Any:
-    """Let a call wait and give back its result, unwritten; or :data:`_NOT_DEFERRED`."""
-    numbers: list[float | int] = []
-    for index, dtype, limits in recipe.numbers:
-        number = args[index]
-        if dtype[0] == "f":
-            numbers.append(float(number))
-        else:
-            number = int(number)
-            least, most = limits or (-2**63, 2**63 - 1)
-            if not least <= number <= most:
-                return _NOT_DEFERRED
-            numbers.append(number)
-    with _lock:
-        stream = _current_stream(recipe.device) if recipe.handler.policy.target.device_type == "cuda" and _current_stream is not None else 0
-        thread = _identify()
-        home: _Group | None = None
-        found = []
-        for index, meta, number in recipe.tensors:
-            tensor = args[index]
-            storage = _storage_of(tensor)
-            pointer = _data_ptr(tensor)
-            value = _pending.get(storage._cdata) if _pending else None
-            if value is not None:
-                group = value.group
-                if value.pointer != pointer or value.meta != number or group.stream != stream or group.thread != thread:
-                    group.flush()
-                    value = None
-                elif home is None:
-                    home = group
-                elif group is not home:
-                    if home.can_absorb(group):
-                        home.absorb(group)
-                    else:
-                        group.flush()
-                        value = None
-            found.append((value, storage, pointer, meta, number))
-        target = None
-        if recipe.inplace is not None:
-            target = args[recipe.inplace]
-            own = _storage_of(target)
-            cdata, own_pointer, own_meta = own._cdata, _data_ptr(target), recipe.result_meta
-            for _, storage, pointer, _, number in found:
-                if storage._cdata == cdata and (pointer != own_pointer or number != own_meta):
-                    return _NOT_DEFERRED
-            before = _pending.get(cdata)
-            if before is not None and (before.group is not home or before.pointer != own_pointer or before.meta != own_meta):
-                before.group.flush()
-                before = None
-            for group in list(_readers.get(cdata, ())):
-                if group is not home or any(s.storage._cdata == cdata and (s.pointer != own_pointer or s.number != own_meta)
-                                            for s in group.slots):
-                    group.flush()
-        if home is not None and not home.done and not home.accepts(recipe):
-            home.flush()
-        if home is None or home.done:
-            home = _Group(recipe, stream, thread)
-        sources = tuple([value.index if value is not None and value.group is home else ~home.slot(storage, pointer, meta, number)
-                         for value, storage, pointer, meta, number in found])
-        index = len(home.values)
-        if target is None:
-            result = recipe.result
-            made = _empty_for(recipe.handler.policy.target.device_type)(result.shape, result.stride, result.dtype)
-            storage = _storage_of(made)
-            value = _Value(home, index, storage._weak_ref(), _data_ptr(made), recipe.result_meta, None)
-            home._append(recipe, sources, None)
-        else:
-            made = target
-            if before is not None and before.group is home:
-                before.is_last = False
-                value = _Value(home, index, cdata, own_pointer, own_meta, before.slot)
-                home._append(recipe, sources, before.index if before.slot is None else ~before.slot)
-            else:
-                slot = home.slot(own, own_pointer, recipe.result, own_meta)
-                value = _Value(home, index, cdata, own_pointer, own_meta, slot)
-                home._append(recipe, sources, ~slot)
-        home.values.append(value)
-        home.numbers += numbers
-        _pending[value.storage] = value
-        return made
+def _no_stream(device: int) -> int:
+    return 0
 
 
 def _empty_for(device_type: str) -> Callable[..., torch.Tensor]:
@@ -569,8 +574,9 @@ class Deferring:
         # A composite's calls come one by one. Ops such as `contiguous` are views by their schema, and copy all the same.
         if handler.functions is None and (op.is_view or handler.composite or str(op) in _NEEDS_NO_VALUE):
             return call
-        guarded = _guarded(call, op._schema.is_mutable)
-        return guarded if handler.functions is None or handler.composite else _deferring(handler, guarded)
+        if handler.functions is None or handler.composite:
+            return _guarded(call, op._schema.is_mutable)
+        return _deferring(handler)
 
 
 def _after_all(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -602,36 +608,39 @@ def _guarded(call: Callable[..., Any], writes: bool) -> Callable[..., Any]:
 _MAX_RECIPES = 2048
 
 
-def _deferring(handler: OpHandler, ordinary: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a call wait if it can, else ``ordinary``."""
-    functions = handler.functions
-    assert functions is not None
-    key_of, bind = functions.key, functions.bind
-    recipes: dict[tuple, _Recipe | None] = {}
+def _deferring(handler: OpHandler) -> Callable[..., Any]:
+    """Let a call wait if it can; else run it once its tensors have their values."""
+    runs: dict[tuple, Callable[..., Any]] = {}
+    writes = handler.op._schema.is_mutable
 
-    def deferring(*args: Any, **kwargs: Any) -> Any:
-        try:
-            key = key_of(*args, **kwargs)
-            recipe = recipes[key]
-        except KeyError:
-            bound = bind(*args, **kwargs)
-            if _exotic(bound):
-                return ordinary(*args, **kwargs)
-            if len(recipes) >= _MAX_RECIPES:
-                recipes.pop(next(iter(recipes)))
-            recipe = recipes[key] = _recipe_for(handler, bound)
-        except Exception:
-            return ordinary(*args, **kwargs)
-        if recipe is None:
-            return ordinary(*args, **kwargs)
-        try:
-            result = _enqueue(recipe, bind(*args, **kwargs))
-        except Exception:  # a number that does not convert, no memory, a wrapper without memory: the ordinary way says what it is
+    def ordinary(*args: Any) -> Any:
+        if _groups:
+            _touch_all(args, writes)
+        return _ordinary(handler, args)
+
+    def miss(args: tuple[Any, ...], key: tuple | None) -> Callable[..., Any]:
+        if key is None or _exotic(args):
+            return ordinary
+        if len(runs) >= _MAX_RECIPES:
+            runs.pop(next(iter(runs)))
+        recipe = _recipe_for(handler, args)
+        runs[key] = recipe.enqueue if recipe is not None else _guarded(handler.lookup(args).run, writes)
+        return runs[key]
+
+    def failed(error: Exception, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if getattr(run, "__func__", None) is _Recipe.enqueue:
+            # A number that does not convert, no memory, a wrapper without memory: the ordinary way knows what to do.
             flush_all()
-            result = _NOT_DEFERRED
-        return ordinary(*args, **kwargs) if result is _NOT_DEFERRED else result
+            return ordinary(*args)
+        if run is ordinary:
+            raise error
+        runs.clear()  # what was decided may change now
+        functions.forget()
+        decided = handler.lookup(args)
+        return handler._failed(error, decided.run, args)
 
-    return deferring
+    functions = make_functions(handler.op, runs, miss, failed, *handler.keyed_by)
+    return functions.call
 
 
 def _recipe_for(handler: OpHandler, args: tuple[Any, ...]) -> _Recipe | None:
@@ -674,18 +683,17 @@ def _one_by_one(group: _Group, held: list[Any]) -> None:
         outside = [_tensor(s.storage, s.pointer, s.meta) for s in group.slots]
         inside: list[torch.Tensor] = []
         numbers = iter(group.numbers)
-        for step, value in zip(group.steps, group.values):
-            recipe = step.recipe
+        for (recipe, sources, target), value in zip(group.steps, group.values):
             args = list(recipe.template)
-            for (index, _, _), source in zip(recipe.tensors, step.sources):
+            for (index, _, _), source in zip(recipe.tensors, sources):
                 args[index] = inside[source] if source >= 0 else outside[~source]
-            for index, _, _ in recipe.numbers:
+            for index, *_ in recipe.numbers:
                 args[index] = next(numbers)
-            if step.target is not None:
+            if target is not None:
                 assert recipe.inplace is not None
-                args[recipe.inplace] = inside[step.target] if step.target >= 0 else outside[~step.target]
+                args[recipe.inplace] = inside[target] if target >= 0 else outside[~target]
             result = _ordinary(recipe.handler, tuple(args))
-            if step.target is None and value.storage in storages:
+            if target is None and value.storage in storages:
                 own = _tensor(storages[value.storage], value.pointer, recipe.result)
                 result = own.copy_(result)
             inside.append(result)
@@ -701,12 +709,12 @@ def _ordinary(handler: OpHandler, args: tuple[Any, ...]) -> Any:
 
 def _make_program(group: _Group, live: tuple[bool, ...], aligned: bool) -> _Program:
     """What runs groups of the same calls as ``group``."""
-    if not group.steps[-1].recipe.reduces and len(group.steps) == 1:
+    if len(group.steps) == 1 and not group.steps[0][0].reduces:
         step = _alone(group)
     else:
         step = _Generator(group, live).launch()
     outs = [v for v, is_live in zip(group.values, live) if is_live and v.slot is None]
-    results = {v.index: s.recipe.result for v, s in zip(group.values, group.steps)}
+    results = [recipe.result for recipe, _, _ in group.steps]
     plan = Plan(tuple([Alloc(results[v.index].shape, results[v.index].stride, results[v.index].dtype) for v in outs]), (step,), None,
                 {Arg(i): s.meta for i, s in enumerate(group.slots)})
     spec = specs(plan, aligned)[0]
@@ -718,19 +726,19 @@ def _make_program(group: _Group, live: tuple[bool, ...], aligned: bool) -> _Prog
 
 def _alone(group: _Group) -> Launch:
     """The launch of a group of one call: that of the call's own rule."""
-    (step,) = group.steps
-    tensors = {index: ~source for (index, _, _), source in zip(step.recipe.tensors, step.sources)}
-    if step.target is not None:
-        assert step.recipe.inplace is not None
-        tensors[step.recipe.inplace] = ~step.target
-    numbers = {index: i for i, (index, _, _) in enumerate(step.recipe.numbers)}
+    ((recipe, sources, target),) = group.steps
+    tensors = {index: ~source for (index, _, _), source in zip(recipe.tensors, sources)}
+    if target is not None:
+        assert recipe.inplace is not None
+        tensors[recipe.inplace] = ~target
+    numbers = {index: i for i, (index, *_) in enumerate(recipe.numbers)}
 
     def to(ref: Any) -> Any:
         if ref.__class__ is Arg:
             return Arg(tensors[ref.index])
         return Num(numbers[ref.index], ref.dtype) if ref.__class__ is Num else ref
 
-    return step.recipe.launch._replace(args=_map_refs(step.recipe.launch.args, to))
+    return recipe.launch._replace(args=_map_refs(recipe.launch.args, to))
 
 
 def _resolved(value: Any, ins: Sequence[Any], outs: Sequence[Any], numbers: Sequence[Any]) -> Any:
@@ -920,8 +928,8 @@ class _Generator:
         self.lines: list[str] = []
         self.functions: list[Any] = []
         self.loaded: set[int] = set()
-        self.read_inside = {s for step in group.steps for s in step.sources if s >= 0}
-        self.results = [s.recipe.result for s in group.steps]
+        self.read_inside = {s for _, sources, _ in group.steps for s in sources if s >= 0}
+        self.results = [recipe.result for recipe, _, _ in group.steps]
         # What is written: values of their own, then tensors of others, each with the strides over the kernel's shape.
         self.fresh = [v for v, is_live in zip(group.values, live) if is_live and v.slot is None]
         self.into = [v for v, is_live in zip(group.values, live) if is_live and v.slot is not None]
@@ -967,13 +975,12 @@ class _Generator:
 
     def _steps(self) -> None:
         taken = 0
-        for index, step in enumerate(self.group.steps):
-            recipe = step.recipe
+        for index, (recipe, sources, _) in enumerate(self.group.steps):
             mask = "m_row" if self.group.by_rows and not recipe.reduces and self._is_row(recipe.result) else "m"
             given = []
             for is_tensor, at, common, compute in recipe.operands:
                 if is_tensor:
-                    source = step.sources[at]
+                    source = sources[at]
                     name = self._load(~source) if source < 0 else f"w{source}"
                     value = f"convert({name}, {common}).to({compute})"
                 else:
@@ -981,7 +988,7 @@ class _Generator:
                 given.append(value)
             dtype = _triton_name(recipe.result.dtype)
             if recipe.reduces:
-                self._reduce(index, step, dtype)
+                self._reduce(index, recipe, sources[0], dtype)
             else:
                 blocks = ", ".join(f"tl.broadcast_to({g}, {mask}.shape)" for g in given)
                 result = f"{self._function(recipe.function)}({blocks})"
@@ -991,11 +998,9 @@ class _Generator:
                 self.lines.append(f"w{index} = opaque(v{index}, zero)" if hidden else f"w{index} = v{index}")
             taken += len(recipe.numbers)
 
-    def _reduce(self, index: int, step: _Step, dtype: str) -> None:
-        recipe = step.recipe
+    def _reduce(self, index: int, recipe: _Recipe, source: int, dtype: str) -> None:
         assert recipe.reduction is not None
         lane, block, merge_with, post, other = recipe.reduction
-        source = step.sources[0]
         name = self._load(~source) if source < 0 else f"w{source}"
         own = _triton_name(recipe.tensors[0][1].dtype)
         _, _, common, compute = recipe.operands[0]
@@ -1034,10 +1039,10 @@ class _Generator:
             text, arguments, constants, grid, warps = self._elementwise(every, n, wide)
         self._steps()
         self._stores()
-        names = list(dict.fromkeys(s.recipe.name.strip("_") for s in group.steps))
+        names = list(dict.fromkeys(recipe.name.strip("_") for recipe, _, _ in group.steps))
         name = "fused_" + "_".join(names)[:80]
         body = text.lstrip("\n").format(name=name) + "".join(f"    {line}\n" for line in self.lines)
-        kinds = [kind for step in group.steps for _, kind, _ in step.recipe.numbers]
+        kinds = [kind for recipe, _, _ in group.steps for kind in recipe.kinds]
         given = (tuple([Out(i) for i in range(len(self.fresh))]), tuple([Arg(i) for i in range(len(group.slots))]),
                  tuple([Num(i, kind) for i, kind in enumerate(kinds)]), Size(0), (), *arguments)
         return Launch(_kernel(name, body, self.functions), (grid, 1, 1), given, constants, warps)

@@ -223,15 +223,16 @@ class OpHandler:
                 self._refused.append(Considered(candidate.rule.name, candidate.rule.where, reason))
         self.composite = is_composite(op)
         self.functions = None
+        self.keyed_by: tuple[frozenset[str], tuple[Callable[[], Any], ...], bool] = frozenset(), (), False
+        """What else than metadata the key of a call holds, as :func:`make_functions` is told."""
         why = "no rule" if not candidates else "; ".join(dict.fromkeys(c.reason for c in self._refused))
         if self._candidates:
             rules = [c.rule for c, _, _ in self._candidates]
             chosen_by = () if policy.chooser is None else (torch.are_deterministic_algorithms_enabled,)
             state = dict.fromkeys((*(s for r in rules for s in r.state), *self._current_device(), *chosen_by))
             try:
-                self.functions = make_functions(
-                    op, self._plans, self._miss, self._failed, frozenset().union(*(r.by_value for r in rules)),
-                    tuple(state), any(r.tensor_bits for r in rules))
+                self.keyed_by = frozenset().union(*(r.by_value for r in rules)), tuple(state), any(r.tensor_bits for r in rules)
+                self.functions = make_functions(op, self._plans, self._miss, self._failed, *self.keyed_by)
             except Unkeyable as error:
                 why = str(error)
         if self.functions is not None:

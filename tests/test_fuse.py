@@ -42,7 +42,7 @@ class Deferred:
         there = tuple([fuse.TensorMeta.of(a)._replace(device=torch.device("cuda", 0)) if isinstance(a, torch.Tensor) else a for a in given])
         recipe = fuse._recipe_for(self.gpu.policy.handler(op), there)
         assert recipe is not None
-        return fuse._enqueue(recipe, given)
+        return recipe.enqueue(*given)
 
 
 @pytest.mark.parametrize("convention", ["flat", "nested", "public"])
