@@ -28,6 +28,18 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(dtype).to(harness.OPTIONS.device)
 
 
+def exactly(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The call in float64, on the CPU: PyTorch's kernels for GPUs forget the padding in the backward of average pools over
+    channels-last images, and take the indices of max pools to be contiguous."""
+    if harness.OPTIONS.device == "cpu":
+        return harness.reference(lambda given: call(*given), args)
+    given = harness.in_float64(args, "cpu")
+    try:
+        return None if given is None else harness.quietly(lambda: call(*given))
+    except Exception:  # what only a GPU has
+        return None
+
+
 def check(op: str, *args: Any, function: Callable[..., Any] | None = None, values: bool = True) -> Any:
     """``function`` (the op itself by default) under the mode: ``op`` ran a rule, and its results are PyTorch's.
 
@@ -36,7 +48,7 @@ def check(op: str, *args: Any, function: Callable[..., Any] | None = None, value
     overload = find_op(f"aten.{op}" if "." in op else f"aten.{op}.default")
     call = function or overload
     native = harness.quietly(lambda: call(*args))
-    exact = harness.reference(lambda given: call(*given), args)
+    exact = exactly(call, args)
     outcome = harness.under_mode(call, *args)
     reasons = [f"{name}: {decision.reason}" for name, decision in outcome.calls]
     assert outcome.intercepted([overload]), f"{op} was not served: {reasons}"
