@@ -90,6 +90,12 @@ def test_a_row_without_keys_is_zero() -> None:
     torch.testing.assert_close(lse, native[1])
 
 
+def test_a_scale_of_zero_weighs_keys_alike(device: str) -> None:
+    q, k, v, _ = inputs(1, 1, 1, 20, 20, 16, dtype=torch.float16, device=device)
+    out = served(aten._scaled_dot_product_cudnn_attention, q, k, v, None, True, 0.0, True, scale=0.0)[0]
+    close(out, exact(q, k, v, causal=True, scale=0.0)[0], torch.float16)
+
+
 def test_what_is_not_served_says_why() -> None:
     q = torch.randn(1, 2, 4, 16, dtype=torch.float64, device=current().device_type)
     with GemsMode(strict=True, trace=True) as mode:
