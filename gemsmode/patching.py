@@ -16,6 +16,7 @@ another dtype than the input, say) runs the part's own ``forward``.
     rotary            an attention that calls ``apply_rotary_pos_emb(q, k, cos, sin)``        one kernel for about 10
     residual_norm     x + attention(norm(x)), then norm, in a layer whose norms come first    one kernel for 2
     skip_layer_norm   LayerNorm(dropout(dense(x)) + residual) (BERT)                          one kernel for 2
+    linear_gelu       gelu(dense(x)), alone or before a second layer (BERT, ViT); inference   one kernel for 2
     gelu              a GELU written out in elementary ops (GPT-2's ``NewGELUActivation``)    one kernel for 8
     causal_lm_loss    ``model.loss_function`` of transformers' language models                1 read of the logits for 3
 
@@ -312,7 +313,7 @@ def _rms_norm(module: torch.nn.Module) -> Forward | None:
 # -- gated MLP ---------------------------------------------------------------------------------------------------------
 
 _GATES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -612,6 +613,49 @@ def _skip_layer_norm(module: torch.nn.Module) -> Forward | None:
         if _has_hooks(last) or x.dtype != input_tensor.dtype or (last.weight is not None and last.weight.dtype != x.dtype):
             return last(x + input_tensor)
         return fused.skip_layer_norm(x, input_tensor, last.normalized_shape, last.weight, last.bias, last.eps)
+
+    return forward
+
+
+# -- a linear layer and its GELU ---------------------------------------------------------------------------------------
+
+_BEFORE_GELU = (("dense",), ("fc1", "fc2"))
+
+
+@pattern("linear_gelu")
+def _linear_gelu(module: torch.nn.Module) -> Forward | None:
+    children = module._modules
+    names = next((n for n in _BEFORE_GELU if all(_is_linear(children.get(c)) for c in n)), None)
+    act = next((n for n in _ACTIVATION_NAMES if callable(getattr(module, n, None))), None)
+    if names is None or act is None or module._parameters or set(children) - {*names, act}:
+        return None
+    if [p.name for p in _parameters_of(type(module).forward)] != ["self", "hidden_states"]:
+        return None
+    function = getattr(module, act)
+    kind = _activation_of(function)
+    if kind not in ("gelu", "gelu_tanh"):
+        return None
+    for training in (False, True):
+        layers = [_linear(2 * i, 6 + 4 * (i % 2), 10 - 4 * (i % 2), True) for i in range(len(names))]
+        parts: dict[str, torch.nn.Module] = dict(zip(names, layers))
+        if act in children:
+            parts[act] = function
+        x = _numbers(9, 2, 3, 6)
+        expected = _ACTIVATIONS[kind](layers[0](x))
+        for layer in layers[1:]:
+            expected = layer(expected)
+        _close(_try(type(module).forward, _small(module, parts, training), x), expected, "a linear layer and its GELU")
+    fused, approximate = _fused(), "none" if kind == "gelu" else "tanh"
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        first = getattr(self, names[0])
+        if type(first) is not torch.nn.Linear or _has_hooks(first) or torch.is_autocast_enabled(hidden_states.device.type):
+            x = getattr(self, act)(first(hidden_states))
+        else:
+            x = fused.linear_gelu(hidden_states, first.weight, first.bias, approximate)
+        for name in names[1:]:
+            x = getattr(self, name)(x)
+        return x
 
     return forward
 

@@ -14,6 +14,7 @@ unfused ops round after every step: 16-bit results differ from those in the last
     silu_and_mul            silu(a) * b
     gelu_and_mul            gelu(a) * b
     add_bias_gelu           gelu(x + bias)
+    linear_gelu             gelu(x @ w.T + bias)
     apply_rotary_pos_emb    q and k turned by their positions' angles
     cross_entropy_loss      F.cross_entropy, in one read of the logits
     linear_cross_entropy    F.cross_entropy(F.linear(x, w), target), without all of the logits at once
@@ -31,10 +32,11 @@ import torch.nn.functional as F
 from gemsmode.custom import shape_of, wants_gradient
 from gemsmode.ops import cross_entropy as _cross_entropy
 from gemsmode.ops import gates, rotary, skip_norm
+from gemsmode.ops import linear_gelu as _linear_gelu
 from gemsmode.ops import topk_softmax as _topk_softmax
 
 __all__ = ["add_bias_gelu", "add_layer_norm", "apply_rotary_pos_emb", "cross_entropy_loss", "fused_add_rms_norm", "gelu_and_mul",
-           "linear_cross_entropy", "rms_norm", "silu_and_mul", "skip_layer_norm", "skip_rms_norm", "topk_softmax"]
+           "linear_cross_entropy", "linear_gelu", "rms_norm", "silu_and_mul", "skip_layer_norm", "skip_rms_norm", "topk_softmax"]
 
 Shape = int | Sequence[int]
 
@@ -112,6 +114,25 @@ def gelu_and_mul(a: torch.Tensor, b: torch.Tensor, approximate: str = "none") ->
 def add_bias_gelu(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """``gelu(x + bias)`` for a bias that broadcasts to ``x``; ``approximate`` is ``"none"`` or ``"tanh"``."""
     return gates.add_bias_gelu(x, bias, approximate)
+
+
+def linear_gelu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "none") -> torch.Tensor:
+    """``gelu(linear(input, weight, bias))`` without storing what is between.
+
+    A gradient needs that: where one is wanted the layer and its activation are two ops.
+
+    Args:
+        input: [..., width].
+        weight: [features, width].
+        bias: [features].
+        approximate: ``"none"`` or ``"tanh"``.
+
+    Returns:
+        [..., features].
+    """
+    if torch.is_grad_enabled() and wants_gradient(input, weight, bias):
+        return F.gelu(F.linear(input, weight, bias), approximate=approximate)
+    return _linear_gelu.linear_gelu(input, weight, bias, approximate)
 
 
 def apply_rotary_pos_emb(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None = None,

@@ -41,8 +41,8 @@ from gemsmode.target import Target
 
 
 @triton.jit
-def _scaled(b_acc, c, o_c, mask, scale):
-    """alpha * acc + beta * c; `scale` is () or (alpha, beta), `c` is () or one pointer. A beta of 0 does not read c."""
+def _scaled(b_acc, c, o_c, mask, scale, ACTIVATION: tl.constexpr):
+    """ACTIVATION(alpha * acc + beta * c); `scale` is () or (alpha, beta), `c` is () or one pointer. A beta of 0 does not read c."""
     if len(scale) == 2:
         b_acc = b_acc * tl.cast(scale[0], b_acc.dtype)
     if len(c) == 1:
@@ -52,7 +52,7 @@ def _scaled(b_acc, c, o_c, mask, scale):
                 b_acc = b_acc + tl.load(c[0] + o_c, mask=mask, other=0.0).to(b_acc.dtype) * beta
         else:
             b_acc = b_acc + tl.load(c[0] + o_c, mask=mask, other=0.0).to(b_acc.dtype)
-    return b_acc
+    return ACTIVATION(b_acc)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def _scaled(b_acc, c, o_c, mask, scale):
 @triton.jit
 def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s_c, ACC: tl.constexpr, PRECISION: tl.constexpr,
                 WIDE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                GROUP: tl.constexpr, EVICT: tl.constexpr):
+                GROUP: tl.constexpr, EVICT: tl.constexpr, ACTIVATION: tl.constexpr):
     """One tile of one batch index over one part of K.
 
     Grid: (tiles * batch, parts of K). Strides: s_a (batch, m, k), s_b (batch, k, n), s_c (batch, m, n),
@@ -119,14 +119,14 @@ def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s
 
     mask = m_m & m_n
     o_c = i_batch * s_c[0] + o_m[:, None] * s_c[1] + o_n[None, :] * s_c[2]
-    b_acc = _scaled(b_acc, c, o_c, mask, scale)
+    b_acc = _scaled(b_acc, c, o_c, mask, scale, ACTIVATION)
     o_out = i_batch * s_out[0] + i_part * s_out[3] + o_m[:, None] * s_out[1] + o_n[None, :] * s_out[2]
     tl.store(p_out + o_out, b_acc.to(p_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_c, ACC: tl.constexpr, WIDE: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr):
+                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr, ACTIVATION: tl.constexpr):
     """BLOCK_M rows of a matrix by a vector, over one part of K.
 
     Grid: (blocks of rows * batch, parts of K). Strides: s_a (batch, m, k), s_v (batch, k), s_c (batch, m),
@@ -155,13 +155,14 @@ def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_
         b_v = tl.load(p_vs + o_k * s_v[1], mask=m_k, other=0.0)  # [BLOCK_K]
         b_acc += b_a.to(ACC) * b_v.to(ACC)[None, :]
     b_sum = tl.sum(b_acc, axis=1)
-    b_sum = _scaled(b_sum, c, i_batch * s_c[0] + o_m * s_c[1], m_m, scale)
+    b_sum = _scaled(b_sum, c, i_batch * s_c[0] + o_m * s_c[1], m_m, scale, ACTIVATION)
     o_out = i_batch * s_out[0] + i_part * s_out[2] + o_m * s_out[1]
     tl.store(p_out + o_out, b_sum.to(p_out.dtype.element_ty), mask=m_m)
 
 
 @triton.jit
-def combine_kernel(p_out, p_parts, c, scale, m, n, count, parts, s_c, ACC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def combine_kernel(p_out, p_parts, c, scale, m, n, count, parts, s_c, ACC: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                   ACTIVATION: tl.constexpr):
     """Add up `parts` partial results of `count` elements each. Grid: programs over the elements of out [B, m, n]."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < count
@@ -173,7 +174,7 @@ def combine_kernel(p_out, p_parts, c, scale, m, n, count, parts, s_c, ACC: tl.co
     b_sum = tl.sum(b_acc, axis=0)
     rest = o // n
     o_c = rest // m * s_c[0] + rest % m * s_c[1] + o % n * s_c[2]
-    b_sum = _scaled(b_sum, c, o_c, mask, scale)
+    b_sum = _scaled(b_sum, c, o_c, mask, scale, ACTIVATION)
     tl.store(p_out + o, b_sum.to(p_out.dtype.element_ty), mask=mask)
 
 
@@ -374,6 +375,7 @@ class Product(NamedTuple):
         c: what is added: [batch, m, n].
         scale: () or (alpha, beta).
         summed: add up the products of the batch.
+        activation: a ``@triton.jit`` function of what is to be written.
     """
 
     sizes: tuple[int, int, int, int]
@@ -384,6 +386,7 @@ class Product(NamedTuple):
     c: Matrix | None = None
     scale: tuple[Any, ...] = ()
     summed: bool = False
+    activation: Any = persistent.unchanged
 
 
 def plan_product(call: Call, product: Product) -> Plan:
@@ -403,13 +406,15 @@ def plan_product(call: Call, product: Product) -> Plan:
     tiled = _plan_tiles(call, product) if m > 1 and n > 1 else None
     if tiled is not None:
         return tiled
+    at_once = persistent.unchanged if product.summed else product.activation
     # One row (column) is a vector; a few columns are the few rows of the transposed product.
     if m == 1 or n == 1:
         rows, matrix, vector = (m, a, (b.batch, b.row)) if n == 1 else (n, b.transposed, (a.batch, a.column))
         strip, k_blocks = choose_strip(rows, k, batch, matrix.row == 1 and matrix.column != 1, call.target)
         parts = max(-(-k // (k_blocks * strip.k)), 1)
         grid = (-(-rows // strip.m) * batch, parts, 1)
-        constants = _constants(("ACC", acc), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k), ("EVICT", strip.evict))
+        constants = _constants(("ACC", acc), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k), ("EVICT", strip.evict),
+                               ("ACTIVATION", at_once if parts == 1 else persistent.unchanged))
         warps, stages, kernel = strip.warps, 2, matvec_kernel
     else:
         kind = _kind(a.meta.dtype, call.target)
@@ -421,7 +426,8 @@ def plan_product(call: Call, product: Product) -> Plan:
         grid = (_tiles(tile, rows, columns) * batch, parts, 1)
         constants = _constants(("ACC", acc), ("PRECISION", "tf32" if kind == "tf32" else "ieee"), ("WIDE", wide),
                                ("UPCAST", call.target.interpreted), ("BLOCK_M", tile.m), ("BLOCK_N", tile.n), ("BLOCK_K", tile.k),
-                               ("GROUP", GROUP), ("EVICT", tile.evict))
+                               ("GROUP", GROUP), ("EVICT", tile.evict),
+                               ("ACTIVATION", at_once if parts == 1 else persistent.unchanged))
         warps, stages, kernel = tile.warps, tile.stages, gemm_kernel
     if grid[0] >= 2**31:
         raise Decline(f"{grid[0]} tiles: more than a grid can have")
@@ -480,13 +486,14 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
     if split.whole:
         launches += (Launch(persistent.tile_kernel, (min(programs, split.whole), 1, 1),
                             (Out(0), a.ref, b.ref, c_ref, product.scale, *sizes, Size(0), Size(split.whole), 1, Size(0), n, a_stride,
-                             b_stride, s_c), _constants(*common, ("PARTIAL", False), ("SLICES", shape.slices)), shape.warps, shape.stages),)
+                             b_stride, s_c), _constants(*common, ("PARTIAL", False), ("SLICES", shape.slices),
+                                                     ("ACTIVATION", product.activation)), shape.warps, shape.stages),)
     if split.rest:
         units = split.rest * split.parts
         allocs += (Alloc((units * shape.m, shape.n), (shape.n, 1), torch.float32),)
         last = Size(split.whole + split.rest)
         by = persistent.LARGE if shape.specialized else shape  # a tile of float32 takes slices, which need other warps
-        constants = _constants(*common[:-1], ("SPECIALIZED", False), ("PARTIAL", True), ("SLICES", 4))
+        constants = _constants(*common[:-1], ("SPECIALIZED", False), ("PARTIAL", True), ("SLICES", 4), ("ACTIVATION", persistent.unchanged))
         launches += (
             Launch(persistent.tile_kernel, (min(units, programs), 1, 1),
                    (Out(1), a.ref, b.ref, (), (), *sizes, Size(split.whole), last, Size(split.parts), Size(split.part_blocks), shape.n,
@@ -494,7 +501,7 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
             Launch(persistent.finish_kernel, (split.rest, -(-shape.m // persistent.FINISH_ROWS), 1),
                    (Out(0), Out(1), c_ref, product.scale, Size(m), n, Size(split.whole), Size(split.parts), n, s_c),
                    _constants(("BLOCK_M", shape.m), ("BLOCK_N", shape.n), ("ROWS", persistent.FINISH_ROWS),
-                              ("GROUP", shape.group))))
+                              ("GROUP", shape.group), ("ACTIVATION", product.activation))))
     metas = {x.ref: x.meta for x in (a, b, c) if x is not None}
     moved = sum(meta.numel * meta.dtype.itemsize for meta in metas.values()) + batch * m * n * dtype.itemsize
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k, aligned=True)
@@ -509,7 +516,7 @@ def _combine(target: Target, product: Product, count: int, parts: int, acc: Any)
     return Launch(combine_kernel, (-(-count // block), 1, 1),
                   (Out(0), Out(1), () if c is None else (c.ref,), product.scale, Size(m), Size(n), count, Size(parts),
                    (Size(0), Size(0), Size(0)) if c is None else (Size(c.batch), Size(c.row), Size(c.column))),
-                  _constants(("ACC", acc), ("BLOCK_PARTS", block_parts), ("BLOCK", block)))
+                  _constants(("ACC", acc), ("BLOCK_PARTS", block_parts), ("BLOCK", block), ("ACTIVATION", product.activation)))
 
 
 def _expanded(ref: Arg, meta: TensorMeta, shape: tuple[int, int, int]) -> Matrix:
@@ -576,7 +583,7 @@ def _wider(meta: TensorMeta, wanted: torch.dtype) -> torch.dtype:
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 
-_STATE = (float32_precision,)
+STATE = (float32_precision,)
 
 
 def _plain(call: Call, ndim: int, out: torch.dtype | None) -> Plan:
@@ -586,25 +593,25 @@ def _plain(call: Call, ndim: int, out: torch.dtype | None) -> Plan:
     return plan_product(call, Product((batch, m, n, k), _matrix(0, a), _matrix(1, b), shape, _wider(a, out) if out else a.dtype))
 
 
-@planned("aten.mm.default", family="matmul", kernel=gemm_kernel, state=_STATE)
+@planned("aten.mm.default", family="matmul", kernel=gemm_kernel, state=STATE)
 def mm(call: Call) -> Plan:
     """``self [M, K] @ mat2 [K, N]``."""
     return _plain(call, 2, None)
 
 
-@planned("aten.mm.dtype", family="matmul", kernel=gemm_kernel, name="mm_to_dtype", state=_STATE)
+@planned("aten.mm.dtype", family="matmul", kernel=gemm_kernel, name="mm_to_dtype", state=STATE)
 def mm_to_dtype(call: Call) -> Plan:
     """``mm`` of 16-bit floats into float32."""
     return _plain(call, 2, call["out_dtype"])
 
 
-@planned("aten.bmm.default", family="matmul", kernel=gemm_kernel, state=_STATE)
+@planned("aten.bmm.default", family="matmul", kernel=gemm_kernel, state=STATE)
 def bmm(call: Call) -> Plan:
     """``self [B, M, K] @ mat2 [B, K, N]``."""
     return _plain(call, 3, None)
 
 
-@planned("aten.bmm.dtype", family="matmul", kernel=gemm_kernel, name="bmm_to_dtype", state=_STATE)
+@planned("aten.bmm.dtype", family="matmul", kernel=gemm_kernel, name="bmm_to_dtype", state=STATE)
 def bmm_to_dtype(call: Call) -> Plan:
     """``bmm`` of 16-bit floats into float32."""
     return _plain(call, 3, call["out_dtype"])
@@ -623,31 +630,31 @@ def _added(call: Call, ndim: int, out: torch.dtype | None = None, summed: bool =
     return plan_product(call, Product((batch, m, n, k), _matrix(1, a), _matrix(2, b), shape, result, added, _scale(call, a.dtype), summed))
 
 
-@planned("aten.addmm.default", family="matmul", kernel=gemm_kernel, state=_STATE)
+@planned("aten.addmm.default", family="matmul", kernel=gemm_kernel, state=STATE)
 def addmm(call: Call) -> Plan:
     """``beta * self + alpha * (mat1 [M, K] @ mat2 [K, N])``; beta 0 ignores ``self``."""
     return _added(call, 2)
 
 
-@planned("aten.addmm.dtype", family="matmul", kernel=gemm_kernel, name="addmm_to_dtype", state=_STATE)
+@planned("aten.addmm.dtype", family="matmul", kernel=gemm_kernel, name="addmm_to_dtype", state=STATE)
 def addmm_to_dtype(call: Call) -> Plan:
     """``addmm`` of 16-bit floats into float32, the dtype of ``self``."""
     return _added(call, 2, call["out_dtype"])
 
 
-@planned("aten.baddbmm.default", family="matmul", kernel=gemm_kernel, state=_STATE)
+@planned("aten.baddbmm.default", family="matmul", kernel=gemm_kernel, state=STATE)
 def baddbmm(call: Call) -> Plan:
     """``beta * self + alpha * (batch1 [B, M, K] @ batch2 [B, K, N])``; beta 0 ignores ``self``."""
     return _added(call, 3)
 
 
-@planned("aten.baddbmm.dtype", family="matmul", kernel=gemm_kernel, name="baddbmm_to_dtype", state=_STATE)
+@planned("aten.baddbmm.dtype", family="matmul", kernel=gemm_kernel, name="baddbmm_to_dtype", state=STATE)
 def baddbmm_to_dtype(call: Call) -> Plan:
     """``baddbmm`` of 16-bit floats into float32, the dtype of ``self``."""
     return _added(call, 3, call["out_dtype"])
 
 
-@planned("aten.addbmm.default", family="matmul", kernel=gemm_kernel, state=_STATE)
+@planned("aten.addbmm.default", family="matmul", kernel=gemm_kernel, state=STATE)
 def addbmm(call: Call) -> Plan:
     """``beta * self + alpha * sum_b (batch1[b] @ batch2[b])``; the products of the batch are the parts that are added up."""
     a, b = call.args[1], call.args[2]
@@ -662,7 +669,7 @@ def _vector(index: int, meta: TensorMeta) -> Matrix:
     return Matrix(Arg(index), meta, 0, meta.stride[0], 1)
 
 
-@planned("aten.mv.default", family="matmul", kernel=matvec_kernel, state=_STATE)
+@planned("aten.mv.default", family="matmul", kernel=matvec_kernel, state=STATE)
 def mv(call: Call) -> Plan:
     """``self [M, K] @ vec [K]``."""
     a, v = _operands(call, 0, 1)
@@ -671,7 +678,7 @@ def mv(call: Call) -> Plan:
     return plan_product(call, Product((1, m, 1, k), _matrix(0, a), _vector(1, v), (m,), a.dtype))
 
 
-@planned("aten.addmv.default", family="matmul", kernel=matvec_kernel, state=_STATE)
+@planned("aten.addmv.default", family="matmul", kernel=matvec_kernel, state=STATE)
 def addmv(call: Call) -> Plan:
     """``beta * self + alpha * (mat [M, K] @ vec [K])``; beta 0 ignores ``self``."""
     c, a, v = _operands(call, 0, 1, 2)
@@ -682,7 +689,7 @@ def addmv(call: Call) -> Plan:
     return plan_product(call, Product((1, m, 1, k), _matrix(1, a), _vector(2, v), (m,), a.dtype, added, _scale(call, a.dtype)))
 
 
-@planned(["aten.dot.default", "aten.vdot.default"], family="matmul", kernel=matvec_kernel, name="dot", state=_STATE)
+@planned(["aten.dot.default", "aten.vdot.default"], family="matmul", kernel=matvec_kernel, name="dot", state=STATE)
 def dot(call: Call) -> Plan:
     """The sum of products of two vectors (``vdot`` is the same for real ones)."""
     x, y = _operands(call, 0, 1)
@@ -729,9 +736,8 @@ def _rows(meta: TensorMeta) -> tuple[int, int, int, int] | None:
     return batch, rows, s_batch, s_row
 
 
-@planned("aten.linear.default", family="matmul", kernel=gemm_kernel, state=_STATE)
-def linear(call: Call) -> Plan:
-    """``input [..., K] @ weight [N, K]^T + bias [N]``, which reaches a mode under inference mode: the bias is added in the product."""
+def plan_linear(call: Call, activation: Any = persistent.unchanged) -> Plan:
+    """``activation(input [..., K] @ weight [N, K]^T + bias [N])`` of a call's first three arguments; the bias may be None."""
     x, w = _operands(call, 0, 1)
     _expect(x.ndim >= 1 and w.ndim in (1, 2) and x.shape[-1] == w.shape[-1], f"shapes {list(x.shape)} and {list(w.shape)} do not fit")
     if w.ndim == 1:
@@ -750,4 +756,10 @@ def linear(call: Call) -> Plan:
             raise Decline(f"a bias of shape {list(bias.shape)}")
         added = Matrix(Arg(2), bias, 0, 0, bias.stride[0])
     left, right = Matrix(Arg(0), x, s_batch, s_row, x.stride[-1]), Matrix(Arg(1), w, 0, w.stride[1], w.stride[0])
-    return plan_product(call, Product((batch, rows, n, k), left, right, (*x.shape[:-1], n), x.dtype, added))
+    return plan_product(call, Product((batch, rows, n, k), left, right, (*x.shape[:-1], n), x.dtype, added, activation=activation))
+
+
+@planned("aten.linear.default", family="matmul", kernel=gemm_kernel, state=STATE)
+def linear(call: Call) -> Plan:
+    """``input [..., K] @ weight [N, K]^T + bias [N]``, which reaches a mode under inference mode: the bias is added in the product."""
+    return plan_linear(call)

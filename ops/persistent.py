@@ -45,8 +45,13 @@ def _halves(x):
 
 
 @triton.jit
-def _finished(b_acc, c, scale, s_c, i_batch, o_n, n):
-    """alpha * acc + beta * c; `scale` is () or (alpha, beta), `c` is () or a pointer. A beta of 0 does not read c."""
+def unchanged(x):
+    return x
+
+
+@triton.jit
+def _finished(b_acc, c, scale, s_c, i_batch, o_n, n, ACTIVATION: tl.constexpr):
+    """ACTIVATION(alpha * acc + beta * c); `scale` is () or (alpha, beta), `c` is () or a pointer. A beta of 0 does not read c."""
     if len(scale) == 2:
         b_acc = b_acc * tl.cast(scale[0], b_acc.dtype)
     if len(c) == 1:
@@ -57,14 +62,14 @@ def _finished(b_acc, c, scale, s_c, i_batch, o_n, n):
         if beta != 0:
             b_c = tl.load(p_c + o_n * s_c[1], mask=o_n < n, other=0.0)
             b_acc = b_acc + (b_c.to(b_acc.dtype) * beta)[None, :]
-    return b_acc
+    return ACTIVATION(b_acc)
 
 
 @triton.jit
-def _write(d_out, b_acc, c, scale, s_c, i_batch, row, first_n, at, n, dtype: tl.constexpr):
+def _write(d_out, b_acc, c, scale, s_c, i_batch, row, first_n, at, n, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
     """Finish a slice of columns and write it at row `row` and column `at`."""
     o_n = first_n + tl.arange(0, b_acc.shape[1])
-    d_out.store([row, at], _finished(b_acc, c, scale, s_c, i_batch, o_n, n).to(dtype))
+    d_out.store([row, at], _finished(b_acc, c, scale, s_c, i_batch, o_n, n, ACTIVATION).to(dtype))
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -73,14 +78,15 @@ def _write(d_out, b_acc, c, scale, s_c, i_batch, row, first_n, at, n, dtype: tl.
 @triton.jit
 def tile_kernel(p_out, p_a, p_b, c, scale, batch, m, n, k, first_tile, last_tile, parts, part_blocks, s_out, s_a, s_b, s_c,
                 A_BY_ROWS: tl.constexpr, B_BY_ROWS: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr, SPECIALIZED: tl.constexpr):
+                BLOCK_K: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr, SPECIALIZED: tl.constexpr,
+                ACTIVATION: tl.constexpr):
     """The tiles from `first_tile` to `last_tile`, each over `parts` parts of K. Grid: any number of programs.
 
     s_a, s_b and s_out are the strides between rows of the matrices in memory: a by rows is [B * M, K], else [B * K, M];
     b by rows is [B * K, N], else [B * N, K]; out is [B * M, N]. PARTIAL: out is instead [tiles * parts * BLOCK_M,
     BLOCK_N], where each part of each tile is written as it is. A part has part_blocks times BLOCK_K of K.
     SLICES: a tile is written in so many slices of its columns, to need less shared memory. SPECIALIZED: warps of their
-    own load the operands, which takes the place of flattening the loops.
+    own load the operands, which takes the place of flattening the loops. ACTIVATION: applied to what is written.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -126,24 +132,24 @@ def tile_kernel(p_out, p_a, p_b, c, scale, batch, m, n, k, first_tile, last_tile
             row = unit * BLOCK_M
             at = 0
         if SLICES == 1:
-            _write(d_out, b_acc, c, scale, s_c, i_batch, row, o_n, at, n, dtype)
+            _write(d_out, b_acc, c, scale, s_c, i_batch, row, o_n, at, n, dtype, ACTIVATION)
         else:
             b_left, b_right = _halves(b_acc)
             if SLICES == 2:
-                _write(d_out, b_left, c, scale, s_c, i_batch, row, o_n, at, n, dtype)
-                _write(d_out, b_right, c, scale, s_c, i_batch, row, o_n + WIDTH, at + WIDTH, n, dtype)
+                _write(d_out, b_left, c, scale, s_c, i_batch, row, o_n, at, n, dtype, ACTIVATION)
+                _write(d_out, b_right, c, scale, s_c, i_batch, row, o_n + WIDTH, at + WIDTH, n, dtype, ACTIVATION)
             else:
                 b_0, b_1 = _halves(b_left)
-                _write(d_out, b_0, c, scale, s_c, i_batch, row, o_n, at, n, dtype)
-                _write(d_out, b_1, c, scale, s_c, i_batch, row, o_n + WIDTH, at + WIDTH, n, dtype)
+                _write(d_out, b_0, c, scale, s_c, i_batch, row, o_n, at, n, dtype, ACTIVATION)
+                _write(d_out, b_1, c, scale, s_c, i_batch, row, o_n + WIDTH, at + WIDTH, n, dtype, ACTIVATION)
                 b_2, b_3 = _halves(b_right)
-                _write(d_out, b_2, c, scale, s_c, i_batch, row, o_n + 2 * WIDTH, at + 2 * WIDTH, n, dtype)
-                _write(d_out, b_3, c, scale, s_c, i_batch, row, o_n + 3 * WIDTH, at + 3 * WIDTH, n, dtype)
+                _write(d_out, b_2, c, scale, s_c, i_batch, row, o_n + 2 * WIDTH, at + 2 * WIDTH, n, dtype, ACTIVATION)
+                _write(d_out, b_3, c, scale, s_c, i_batch, row, o_n + 3 * WIDTH, at + 3 * WIDTH, n, dtype, ACTIVATION)
 
 
 @triton.jit
 def finish_kernel(p_out, p_parts, c, scale, m, n, first_tile, parts, s_out, s_c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  ROWS: tl.constexpr, GROUP: tl.constexpr):
+                  ROWS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr):
     """Add up the parts of tiles and finish them: parts [tiles, parts, BLOCK_M, BLOCK_N]. Grid: (tiles, BLOCK_M / ROWS)."""
     i_tile = tl.program_id(0)
     i_batch, i_m, i_n = _place(first_tile + i_tile, tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
@@ -156,7 +162,7 @@ def finish_kernel(p_out, p_parts, c, scale, m, n, first_tile, parts, s_out, s_c,
         p += BLOCK_M * BLOCK_N
     o_m = i_m * BLOCK_M + o_row
     o_n = i_n * BLOCK_N + o_column
-    b_out = _finished(b_acc, c, scale, s_c, i_batch, o_n, n)
+    b_out = _finished(b_acc, c, scale, s_c, i_batch, o_n, n, ACTIVATION)
     p_row = p_out + (i_batch.to(tl.int64) * m + o_m)[:, None] * s_out
     tl.store(p_row + o_n[None, :], b_out.to(p_out.dtype.element_ty), mask=(o_m < m)[:, None] & (o_n < n)[None, :])
 

@@ -50,10 +50,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "Qwen2": (decoder("Qwen2", num_hidden_layers=1), ONE_LAYER),
     "Qwen3": (decoder("Qwen3", head_dim=8), {**LLAMA, "rms_norm": 9}),
     "Gemma": (decoder("Gemma", head_dim=8, num_hidden_layers=1), ONE_LAYER),
-    "Phi": (decoder("Phi", num_key_value_heads=4), {"causal_lm_loss": 1, "rotary": 2, "gelu": 2}),
+    "Phi": (decoder("Phi", num_key_value_heads=4), {"causal_lm_loss": 1, "rotary": 2, "gelu": 2, "linear_gelu": 2}),
     "GPT-2": (gpt2, {"causal_lm_loss": 1, "residual_norm": 2, "gelu": 2}),
-    "BERT": (bert, {"skip_layer_norm": 4}),
-    "ViT": (vit, {"residual_norm": 2}),
+    "BERT": (bert, {"skip_layer_norm": 4, "linear_gelu": 2}),
+    "ViT": (vit, {"residual_norm": 2, "linear_gelu": 2}),
 }
 """A small model of each kind with random weights, and how often each pattern is found in it."""
 

@@ -1,0 +1,62 @@
+"""A linear layer and its GELU in one product: ``gelu(input @ weight.T + bias)``, for MLPs without a gate (BERT, GPT-2, ViT).
+
+The kernels are those of the products, which apply the activation to each tile before it is written: the layer's own output
+is never stored, and values are rounded once. A gradient needs that output, which its formula computes again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gemsmode.custom import custom_op
+from gemsmode.ops import activation
+from gemsmode.ops.matmul import STATE, gemm_kernel, plan_linear
+from gemsmode.plan import Decline, Plan
+from gemsmode.registry import planned
+from gemsmode.signature import Call
+
+
+def _linear_gelu(input: Any, weight: Any, bias: Any = None, approximate: str = "none") -> Any:
+    return F.gelu(F.linear(input, weight, bias), approximate=approximate)
+
+
+def _fake(input: Any, weight: Any, bias: Any = None, approximate: str = "none") -> Any:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+linear_gelu = custom_op("linear_gelu(Tensor input, Tensor weight, Tensor? bias=None, str approximate='none') -> Tensor",
+                        reference=_linear_gelu, fake=_fake)
+
+
+@planned("gemsmode.linear_gelu.default", family="fused", kernel=gemm_kernel, state=STATE)
+def plan(call: Call) -> Plan:
+    """``gelu(input [..., K] @ weight [N, K]^T + bias [N])``."""
+    if call["approximate"] not in ("none", "tanh"):
+        raise Decline(f"PyTorch rejects it: approximate={call['approximate']!r}")
+    if call["weight"].ndim != 2:
+        raise Decline("a weight that is no matrix")
+    narrow = call["input"].dtype.itemsize == 2
+    if call["approximate"] == "none":
+        return plan_linear(call, activation._fast_gelu if narrow else activation._gelu)
+    return plan_linear(call, activation._fast_gelu_tanh if narrow else activation._gelu_tanh)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, approximate = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.approximate = approximate
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> Any:
+    x, weight, bias = ctx.saved_tensors
+    between = torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias), approximate=ctx.approximate)
+    rows = between.reshape(-1, between.shape[-1])
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    return (between @ weight if need_x else None, rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+            rows.sum(0) if need_bias else None, None)
+
+
+linear_gelu.differentiate(_save, _gradient)
