@@ -6,6 +6,7 @@ Allocations are filled with NaN first (see ``conftest``), so a value that is rea
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import os
 import pickle
@@ -20,11 +21,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from fake_gpu import TARGET, FakeGpu
 from harness import OPTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import in_order, normal, stack
+from support import in_order, normal, skip_compiling_for_a_gpu_that_is_present, skip_without_cuda, stack
 
 from gemsmode import GemsMode, disable, enable, fuse, launch
 from gemsmode.registry import find_op
@@ -227,21 +230,30 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "item": lambda t: t[0, 0].item(),
     "bool": lambda t: bool((t > -100).all()),
     "tolist": lambda t: t.tolist(),
-    "numpy": lambda t: t.numpy().copy(),
-    "array": lambda t: np.asarray(t).copy(),
-    "numpy of a view": lambda t: t.t().numpy().copy(),
+    "numpy": lambda t: t.cpu().numpy().copy(),
+    "array": lambda t: np.asarray(t.cpu()).copy(),
+    "numpy of a view": lambda t: t.t().cpu().numpy().copy(),
     "print": repr,
     "format": lambda t: f"{t}",
     "dlpack": lambda t: torch.from_dlpack(t).clone(),
     "capsule": lambda t: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t)).clone(),
-    "pointer": lambda t: np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * t.numel()).from_address(t.data_ptr())).copy(),
-    "storage": lambda t: list(t.untyped_storage())[:16],
+    "pointer": lambda t: _at(t.data_ptr(), t),
+    "storage": lambda t: list(t.untyped_storage().cpu())[:16],
     "deepcopy": copy.deepcopy,
     "pickle": lambda t: pickle.loads(pickle.dumps(t)),
     "save": lambda t: _saved(t),
     "clone without modes": lambda t: _without_modes(t),
     "equal": lambda t: torch.equal(t, t.clone()),
 }
+
+
+def _at(address: int, t: torch.Tensor) -> np.ndarray:
+    """The numbers at ``address``, which is that of ``t``."""
+    if t.is_cuda:
+        copied = np.empty(t.shape, np.float32)
+        torch.cuda.cudart().cudaMemcpy(copied.ctypes.data, address, copied.nbytes, 2)
+        return copied
+    return np.ctypeslib.as_array((ctypes.c_float * t.numel()).from_address(address)).copy()
 
 
 def _saved(t: torch.Tensor) -> torch.Tensor:
@@ -566,7 +578,9 @@ class Deferred:
 
 
 @pytest.fixture(params=["flat", "nested", "public"])
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> FakeGpu:
+    if device != "cpu":
+        pytest.skip("the GPU that these tests imagine runs its kernels in the interpreter")
     found = FakeGpu(monkeypatch, request.param)
     monkeypatch.setattr(fuse, "_current_stream", found.stream)
     monkeypatch.setattr(fuse, "_programs", {})
@@ -613,6 +627,74 @@ def test_a_change_of_stream_ends_a_group(gpu: FakeGpu, flushed: list[Flushed], m
     group.stream = 7000  # the only one that the fake GPU has
     fuse.flush_all()
     torch.testing.assert_close(b, (x + 1) * 2)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _doubling_kernel(p_out, p_in, n, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_out + o, 2 * tl.load(p_in + o, mask=o < n), mask=o < n)
+
+
+def test_a_launch_of_the_users_own(flushed: list[Flushed], device: str) -> None:
+    """It reads what waits, and writes over what a waiting call is still to read."""
+    skip_without_cuda(device)
+    x = normal(100)
+    with GemsMode(fuse=True):
+        waiting, result, other = x * 3, x + 1, x.clone()
+        later = other * 7
+        _doubling_kernel[(1,)](result, waiting, 100, BLOCK=128)
+        _doubling_kernel[(1,)](other, x, 100, BLOCK=128)
+    assert torch.equal(result, x * 3 * 2)
+    assert torch.equal(later, x * 7)
+    assert torch.equal(other, x * 2)
+
+
+def test_products_and_sums_are_not_contracted(flushed: list[Flushed], device: str) -> None:
+    skip_without_cuda(device)
+    a, b, c = (normal(512, 512, seed=s) for s in range(3))
+    both(lambda a, b, c: (a * b + c) * a - b * c, a, b, c)
+    both(lambda a, b, c: F.gelu(a * 1.3 + b).sub(c, alpha=0.3).tanh() * a + c, a.double(), b.double(), c.double())
+    both(lambda a, b, c: (a.clone().mul_(b).add_(c, alpha=0.7), (a * b).t() + c), a, b, c)
+    assert all(f.fused for f in flushed)
+
+
+def test_streams(flushed: list[Flushed], device: str) -> None:
+    skip_without_cuda(device)
+    x = normal(1 << 20)
+    side = torch.cuda.Stream()
+    with GemsMode(fuse=True):
+        a = x * 2
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(1_000_000)
+            b = a + 1
+            c = b * 3
+        torch.cuda.current_stream().wait_stream(side)
+        d = c - a
+    assert torch.equal(d, (x * 2 + 1) * 3 - x * 2)
+    assert [f.calls for f in flushed] == [("mul",), ("add", "mul"), ("sub",)]
+
+
+def test_capture_of_a_graph(flushed: list[Flushed], device: str) -> None:
+    skip_without_cuda(device)
+    x = normal(64, 64)
+
+    def step() -> torch.Tensor:
+        return F.silu(x + 1) * x - (x @ x)
+
+    with GemsMode(fuse=True):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+        x.copy_(normal(64, 64, seed=1))
+        x.mul_(2)
+        graph.replay()
+        found = result + 0
+        torch.testing.assert_close(found, F.silu(x + 1) * x - (x @ x), rtol=1e-3, atol=1e-3)
 
 
 _COMPILES = """
@@ -699,6 +781,7 @@ def compile_chains() -> None:
 
 @pytest.mark.parametrize("target", ["cuda:90", "cuda:80", "cuda:100", "hip:gfx942"])
 def test_generated_kernels_compile_for_gpus(target: str, tmp_path: Path) -> None:
+    skip_compiling_for_a_gpu_that_is_present()
     if target != "cuda:90" and not OPTIONS.full:
         pytest.skip("compiled for other GPUs with --full")
     environment = {**os.environ, "GEMSMODE_TARGET": target, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
