@@ -823,12 +823,14 @@ def _text_of(value: Any, keep_ones: bool) -> str:
 
 
 @triton.jit
-def opaque(x, zero):
-    """``x``, of which the compiler does not know where it comes from: ``zero`` is 0 at run time."""
+def as_read(x, zero):
+    """``x`` as the next call sees it, which does not know where it comes from: ``zero`` is 0 at run time."""
     if x.dtype == tl.float32:
         return (x.to(tl.int32, bitcast=True) ^ zero).to(tl.float32, bitcast=True)
     elif x.dtype == tl.float64:
         return (x.to(tl.int64, bitcast=True) ^ zero.to(tl.int64)).to(tl.float64, bitcast=True)
+    elif x.dtype == tl.int1:
+        return x != 0  # the interpreter may still hold the number that was converted to it
     else:
         return x
 
@@ -913,7 +915,7 @@ def _kernel(name: str, text: str, functions: Sequence[Any]) -> Any:
     if kernel is None:
         file = f"<gemsmode fuse {len(_kernels)}>"
         linecache.cache[file] = (len(text), None, text.splitlines(True), file)
-        scope: dict[str, Any] = {"tl": tl, "convert": convert, "opaque": opaque, "offset": offset, "tree": tree, "__name__": __name__}
+        scope: dict[str, Any] = {"tl": tl, "convert": convert, "as_read": as_read, "offset": offset, "tree": tree, "__name__": __name__}
         scope.update({f"f{i}": f for i, f in enumerate(functions)})
         exec(compile(text, file, "exec"), scope)
         kernel = _kernels[key] = triton.jit(scope[name])
@@ -994,8 +996,7 @@ class _Generator:
                 result = f"{self._function(recipe.function)}({blocks})"
                 self.lines.append(f"v{index} = convert(tl.broadcast_to({result}, {mask}.shape), {dtype})")
             if index in self.read_inside:
-                hidden = recipe.result.dtype in (torch.float32, torch.float64)
-                self.lines.append(f"w{index} = opaque(v{index}, zero)" if hidden else f"w{index} = v{index}")
+                self.lines.append(f"w{index} = as_read(v{index}, zero)")
             taken += len(recipe.numbers)
 
     def _reduce(self, index: int, recipe: _Recipe, source: int, dtype: str) -> None:
@@ -1049,6 +1050,7 @@ class _Generator:
 
     def _elementwise(self, every: list[tuple[int, ...]], n: int, wide: bool) -> Any:
         group, target = self.group, self.group.target
+        arguments: tuple[Any, ...]
         loops = merge(group.shape, every)
         count = len(self.out_strides)
         if loops.is_flat:
