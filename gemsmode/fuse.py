@@ -8,7 +8,7 @@ is written, as one generated kernel, as soon as something outside it needs a val
 - the end of the block, another ``GemsMode`` block, a change of stream, a CUDA graph that begins, ends or replays, an event
   that is recorded, a synchronization;
 - whatever asks a tensor for its memory from Python: ``data_ptr()`` (a Triton launch does), ``numpy()``, ``tolist()``, DLPack,
-  ``untyped_storage()``, printing, copying and pickling. These are methods of :class:`torch.Tensor` that are wrapped while a
+  ``untyped_storage()``, printing, copying and pickling, and code that Inductor compiled. These functions are wrapped while a
   block lasts.
 
 What nobody holds any more by then is not written at all, nor read back; its memory was allocated, and is free again as soon
@@ -31,6 +31,7 @@ import functools
 import itertools
 import linecache
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -365,6 +366,8 @@ class _Group:
         self.numbers: list[float | int] = []
         if len(_groups) >= MAX_GROUPS:
             next(iter(_groups.values())).flush()
+        if not _watch.knows_inductor:
+            _watch.look_for_inductor()
         _groups[self.number] = self
 
     @property
@@ -1152,6 +1155,7 @@ class _Watch:
     def __init__(self) -> None:
         self.blocks = 0
         self.undo: list[Callable[[], None]] = []
+        self.knows_inductor = False
 
     def begin(self) -> None:
         with _lock:
@@ -1161,10 +1165,21 @@ class _Watch:
                     if hasattr(owner, name):
                         self._guard(owner, name, before)
 
+    def look_for_inductor(self) -> None:
+        """Inductor's code takes the memory of its arguments; it is imported when something is first compiled."""
+        module = sys.modules.get("torch._inductor.output_code")
+        if module is not None and self.blocks:
+            with _lock:
+                self.knows_inductor = True
+                for kind in vars(module).values():
+                    if isinstance(kind, type) and kind.__module__ == module.__name__ and "__call__" in vars(kind):
+                        self._guard(kind, "__call__", _of_all)
+
     def end(self) -> None:
         with _lock:
             self.blocks -= 1
             if not self.blocks:
+                self.knows_inductor = False
                 while self.undo:
                     self.undo.pop()()
 

@@ -10,6 +10,7 @@ import ctypes
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -291,6 +292,16 @@ def test_memory_that_is_taken_away_or_exchanged() -> None:
         y.untyped_storage().resize_(0)
     assert torch.equal(a, wanted[0])
     assert torch.equal(b, wanted[1])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a C++ compiler")
+def test_compiled_code_reads_what_waits() -> None:
+    x = normal(64)
+    compiled = torch.compile(lambda t: t.sin() + 1)
+    compiled(x)
+    with GemsMode(fuse=True):
+        found = compiled(x * 2) * 3
+    torch.testing.assert_close(found, ((x * 2).sin() + 1) * 3)
 
 
 # -- blocks, threads, failures -----------------------------------------------------------------------------------------
