@@ -17,6 +17,7 @@ another dtype than the input, say) runs the part's own ``forward``.
     residual_norm     x + attention(norm(x)), then norm, in a layer whose norms come first    one kernel for 2
     skip_layer_norm   LayerNorm(dropout(dense(x)) + residual) (BERT)                          one kernel for 2
     linear_gelu       gelu(dense(x)), alone or before a second layer (BERT, ViT); inference   one kernel for 2
+    linear            torch.nn.Linear; inference                                              one op for 4
     gelu              a GELU written out in elementary ops (GPT-2's ``NewGELUActivation``)    one kernel for 8
     causal_lm_loss    ``model.loss_function`` of transformers' language models                1 read of the logits for 3
 
@@ -617,6 +618,21 @@ def _skip_layer_norm(module: torch.nn.Module) -> Forward | None:
     return forward
 
 
+# -- linear layers -----------------------------------------------------------------------------------------------------
+
+
+@pattern("linear")
+def _linear_layer(module: torch.nn.Module) -> Forward | None:
+    if type(module) is not torch.nn.Linear:
+        return None
+    fused = _fused()
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        return fused.linear(input, self.weight, self.bias)
+
+    return forward
+
+
 # -- a linear layer and its GELU ---------------------------------------------------------------------------------------
 
 _BEFORE_GELU = (("dense",), ("fc1", "fc2"))
@@ -649,7 +665,7 @@ def _linear_gelu(module: torch.nn.Module) -> Forward | None:
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         first = getattr(self, names[0])
-        if type(first) is not torch.nn.Linear or _has_hooks(first) or torch.is_autocast_enabled(hidden_states.device.type):
+        if type(first) is not torch.nn.Linear or _has_hooks(first):
             x = getattr(self, act)(first(hidden_states))
         else:
             x = fused.linear_gelu(hidden_states, first.weight, first.bias, approximate)

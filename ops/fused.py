@@ -14,6 +14,7 @@ unfused ops round after every step: 16-bit results differ from those in the last
     silu_and_mul            silu(a) * b
     gelu_and_mul            gelu(a) * b
     add_bias_gelu           gelu(x + bias)
+    linear                  x @ w.T + bias, as one op
     linear_gelu             gelu(x @ w.T + bias)
     apply_rotary_pos_emb    q and k turned by their positions' angles
     cross_entropy_loss      F.cross_entropy, in one read of the logits
@@ -32,11 +33,11 @@ import torch.nn.functional as F
 from gemsmode.custom import shape_of, wants_gradient
 from gemsmode.ops import cross_entropy as _cross_entropy
 from gemsmode.ops import gates, rotary, skip_norm
-from gemsmode.ops import linear_gelu as _linear_gelu
+from gemsmode.ops import linear as _linear
 from gemsmode.ops import topk_softmax as _topk_softmax
 
 __all__ = ["add_bias_gelu", "add_layer_norm", "apply_rotary_pos_emb", "cross_entropy_loss", "fused_add_rms_norm", "gelu_and_mul",
-           "linear_cross_entropy", "linear_gelu", "rms_norm", "silu_and_mul", "skip_layer_norm", "skip_rms_norm", "topk_softmax"]
+           "linear", "linear_cross_entropy", "linear_gelu", "rms_norm", "silu_and_mul", "skip_layer_norm", "skip_rms_norm", "topk_softmax"]
 
 Shape = int | Sequence[int]
 
@@ -116,10 +117,33 @@ def add_bias_gelu(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none"
     return gates.add_bias_gelu(x, bias, approximate)
 
 
+def _taken_apart(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a linear layer has to be PyTorch's: for a gradient, for autocast, or for a compiler that does better."""
+    return (torch.is_grad_enabled() and wants_gradient(input, weight, bias)) or torch.is_autocast_enabled(input.device.type) \
+        or torch.compiler.is_compiling()
+
+
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``torch.nn.functional.linear`` for inference, as one op where PyTorch makes a transpose, views and a product of it.
+
+    Where a gradient is wanted, under autocast and in compiled code it is ``torch.nn.functional.linear``.
+
+    Args:
+        input: [..., width].
+        weight: [features, width].
+        bias: [features].
+
+    Returns:
+        [..., features].
+    """
+    return F.linear(input, weight, bias) if _taken_apart(input, weight, bias) else _linear.linear(input, weight, bias)
+
+
 def linear_gelu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "none") -> torch.Tensor:
     """``gelu(linear(input, weight, bias))`` without storing what is between.
 
-    A gradient needs that: where one is wanted the layer and its activation are two ops.
+    A gradient needs that: where one is wanted (under autocast and in compiled code, too) the layer and its activation are
+    two ops.
 
     Args:
         input: [..., width].
@@ -130,9 +154,9 @@ def linear_gelu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     Returns:
         [..., features].
     """
-    if torch.is_grad_enabled() and wants_gradient(input, weight, bias):
+    if _taken_apart(input, weight, bias):
         return F.gelu(F.linear(input, weight, bias), approximate=approximate)
-    return _linear_gelu.linear_gelu(input, weight, bias, approximate)
+    return _linear.linear_gelu(input, weight, bias, approximate)
 
 
 def apply_rotary_pos_emb(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None = None,

@@ -23,7 +23,7 @@ from gemsmode.target import Target
 
 gemsmode.load_ops()
 
-from gemsmode.ops import cross_entropy, fused, gates, linear_gelu, rotary, skip_norm  # noqa: E402  (they need what load_ops arranges)
+from gemsmode.ops import cross_entropy, fused, gates, linear, rotary, skip_norm  # noqa: E402  (they need what load_ops arranges)
 from gemsmode.ops import topk_softmax as experts  # noqa: E402
 
 BF16, F16, F32, F64, I64 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64
@@ -202,19 +202,21 @@ def test_gates(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-def test_linear_gelu(dtype: torch.dtype, device: str) -> None:
+def test_linear_layers(dtype: torch.dtype, device: str) -> None:
     """In one kernel without a gradient, by two ops with one; the op itself is differentiable, too."""
     make = functools.partial(numbers, dtype=dtype, device=device)
     x, w, b = make(2, 5, 24), make(33, 24), make(33)
     for form, bias in itertools.product(("none", "tanh"), (b, None)):
-        exact = functools.partial(linear_gelu.linear_gelu.reference, approximate=form)
+        exact = functools.partial(linear.linear_gelu.reference, approximate=form)
         check(lambda *args, form=form: fused.linear_gelu(*args, approximate=form), exact, x.detach(), w.detach(),
               *([bias.detach()] if bias is not None else []), rules=("linear_gelu",))
+        check(fused.linear, F.linear, x.detach(), w.detach(), *([bias.detach()] if bias is not None else []), rules=("linear",))
     with GemsMode(trace=True, strict=True) as gems:
-        fused.linear_gelu(x, w, b).sum().backward()
-    assert "gemsmode.linear_gelu" not in decisions(gems) and decisions(gems)["aten.gelu"] == "rule"
+        (fused.linear_gelu(x, w, b).sum() + fused.linear(x, w, b).sum()).backward()
+    assert not {"gemsmode.linear_gelu", "gemsmode.linear"} & decisions(gems).keys() and decisions(gems)["aten.gelu"] == "rule"
     if dtype in (F32, F64):
-        check(linear_gelu.linear_gelu.op, linear_gelu.linear_gelu.reference, x, w, b, rules=("linear_gelu",))
+        check(linear.linear.op, F.linear, x, w, b, rules=("linear",))
+        check(linear.linear_gelu.op, linear.linear_gelu.reference, x, w, b, rules=("linear_gelu",))
 
 
 def test_gates_of_halves_and_broadcasts(device: str) -> None:
@@ -444,7 +446,8 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "rms_norm": (x, [8], w, 1e-5), "skip_rms_norm": (x, r, [8], w, 1e-5), "skip_layer_norm": (x, r, [8], w, b, 1e-5, False),
         "fused_add_rms_norm": (x.detach().clone(), r.detach().clone(), [8], w.detach(), 1e-5),
         "norm_backward": (g, x.detach(), [8], stats, stats, w.detach(), g, [True, True, False]),
-        "silu_and_mul": (x, r), "gelu_and_mul": (x, r, "tanh"), "add_bias_gelu": (x, b), "linear_gelu": (x, head, make(6)),
+        "silu_and_mul": (x, r), "gelu_and_mul": (x, r, "tanh"), "add_bias_gelu": (x, b),
+        "linear": (x, head, make(6)), "linear_gelu": (x, head, make(6)),
         "silu_and_mul_backward": (g, x.detach(), r.detach()), "gelu_and_mul_backward": (g, x.detach(), r.detach()),
         "add_bias_gelu_backward": (g, x.detach(), b.detach(), "tanh"),
         "rotary_embedding": (q, k, c, s, torch.tensor([[1, 0, 4]], device=device), True),

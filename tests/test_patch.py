@@ -98,7 +98,8 @@ def test_models_before_and_after(name: str, device: str) -> None:
     before = step(model, given)
     tokens = generated(model, given["input_ids"]) if "causal_lm_loss" in patterns else None
     report = gemsmode.patch(model)
-    assert Counter(c.pattern for c in report.changes) == patterns and not report.left, str(report)
+    layers = sum(type(m) is nn.Linear for m in model.modules())
+    assert Counter(c.pattern for c in report.changes) == {**patterns, "linear": layers} and not report.left, str(report)
     assert list(model.state_dict()) == names
     for under_mode in (False, True):
         if under_mode:
@@ -124,11 +125,12 @@ def test_models_before_and_after(name: str, device: str) -> None:
 def test_the_report_says_what_was_changed() -> None:
     report = gemsmode.patch(MODELS["Qwen3"][0]())
     assert str(report) == """\
-gemsmode.patch(Qwen3ForCausalLM): 16 parts changed
+gemsmode.patch(Qwen3ForCausalLM): 31 parts changed
 pattern         class              parts  first
 causal_lm_loss  Qwen3ForCausalLM       1  (the model)
 residual_norm   Qwen3DecoderLayer      2  model.layers.0
 rotary          Qwen3Attention         2  model.layers.0.self_attn
+linear          Linear                15  model.layers.0.self_attn.q_proj
 rms_norm        Qwen3RMSNorm           9  model.layers.0.self_attn.q_norm
 gated_mlp       Qwen3MLP               2  model.layers.0.mlp"""
 
@@ -182,7 +184,7 @@ def test_plain_models() -> None:
     expected = model(x)
     gradient = torch.autograd.grad(expected.sum(), x)[0]
     report = gemsmode.patch(model)
-    assert Counter(c.pattern for c in report.changes) == {"rms_norm": 2, "gated_mlp": 2}
+    assert Counter(c.pattern for c in report.changes) == {"rms_norm": 2, "gated_mlp": 2, "linear": 6}
     with GemsMode(trace=True) as gems:
         got = model(x)
     assert {r.overload for r in gems.report.records} >= {"gemsmode.rms_norm.default", "gemsmode.silu_and_mul.default"}
@@ -206,7 +208,7 @@ def test_what_only_looks_like_a_norm_is_left(form: str) -> None:
     (Gate(F.relu), "neither SiLU nor GELU"), (Gate(F.silu, "swapped"), "does not compute a gated MLP"),
     (Gate(None), "activation is not found")])
 def test_what_only_looks_like_a_gate_is_left(gate: Gate, reason: str) -> None:
-    report = gemsmode.patch(gate)
+    report = gemsmode.patch(gate, skip="linear")
     assert not report.changes and reason in report.left[0].reason
 
 
@@ -243,9 +245,10 @@ def test_a_forward_that_was_replaced_already_is_left() -> None:
 def test_patching_twice_choosing_patterns_and_unknown_names() -> None:
     model = nn.Sequential(Block(), Block())
     assert {c.pattern for c in gemsmode.patch(model, only="rms_norm").changes} == {"rms_norm"}
-    assert {c.pattern for c in gemsmode.patch(model, skip=["rms_norm"]).changes} == {"gated_mlp"}
+    assert {c.pattern for c in gemsmode.patch(model, skip=["rms_norm", "linear"]).changes} == {"gated_mlp"}
+    assert {c.pattern for c in gemsmode.patch(model).changes} == {"linear"}
     assert not gemsmode.patch(model).changes
-    assert len(gemsmode.unpatch(model)) == 4 and gemsmode.unpatch(model) == []
+    assert len(gemsmode.unpatch(model)) == 10 and gemsmode.unpatch(model) == []
     with pytest.raises(ValueError, match="no pattern is called 'norm'; there are rms_norm"):
         gemsmode.patch(model, only="norm")
 
@@ -269,7 +272,7 @@ def test_copies_of_a_patched_model_are_patched_and_independent() -> None:
     x = torch.randn(2, 8)
     assert not torch.equal(clone(x), model(x))
     assert clone[0].norm.forward.__self__ is clone[0].norm
-    assert len(gemsmode.unpatch(clone)) == 4 and len(list(patching.patched(model))) == 4
+    assert len(gemsmode.unpatch(clone)) == 10 and len(list(patching.patched(model))) == 10
 
 
 def test_hooks_of_the_parts_still_run() -> None:

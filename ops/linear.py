@@ -1,7 +1,9 @@
-"""A linear layer and its GELU in one product: ``gelu(input @ weight.T + bias)``, for MLPs without a gate (BERT, GPT-2, ViT).
+"""Linear layers as one op, alone and with the GELU that follows them: ``gelu(input @ weight.T + bias)``.
 
-The kernels are those of the products, which apply the activation to each tile before it is written: the layer's own output
-is never stored, and values are rounded once. A gradient needs that output, which its formula computes again.
+PyTorch takes ``linear`` apart (a transpose, views, a product) before a mode sees it, and each part costs the host time; as an
+op of its own it is one call. The kernels are those of the products, which apply an activation to each tile before it is
+written: the layer's own output is then never stored, and values are rounded once. A gradient needs that output, which the
+formula computes again.
 """
 
 from __future__ import annotations
@@ -27,8 +29,19 @@ def _fake(input: Any, weight: Any, bias: Any = None, approximate: str = "none") 
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    return F.linear(input, weight, bias)
+
+
+linear = custom_op("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", reference=_linear, fake=_fake)
 linear_gelu = custom_op("linear_gelu(Tensor input, Tensor weight, Tensor? bias=None, str approximate='none') -> Tensor",
                         reference=_linear_gelu, fake=_fake)
+
+
+@planned("gemsmode.linear.default", family="fused", kernel=gemm_kernel, name="linear_layer", state=STATE)
+def plan_layer(call: Call) -> Plan:
+    """``input [..., K] @ weight [N, K]^T + bias [N]``."""
+    return plan_linear(call)
 
 
 @planned("gemsmode.linear_gelu.default", family="fused", kernel=gemm_kernel, state=STATE)
@@ -45,18 +58,20 @@ def plan(call: Call) -> Plan:
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, approximate = inputs
-    ctx.save_for_backward(x, weight, bias)
-    ctx.approximate = approximate
+    ctx.save_for_backward(*inputs[:3])
+    ctx.approximate = inputs[3] if len(inputs) > 3 else None
 
 
 def _gradient(ctx: Any, grad: torch.Tensor) -> Any:
     x, weight, bias = ctx.saved_tensors
-    between = torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias), approximate=ctx.approximate)
-    rows = between.reshape(-1, between.shape[-1])
+    if ctx.approximate is not None:
+        grad = torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias), approximate=ctx.approximate)
+    rows = grad.reshape(-1, grad.shape[-1])
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    return (between @ weight if need_x else None, rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
-            rows.sum(0) if need_bias else None, None)
+    gradients = (grad @ weight if need_x else None, rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+                 rows.sum(0) if need_bias else None)
+    return gradients if ctx.approximate is None else (*gradients, None)
 
 
+linear.differentiate(_save, _gradient)
 linear_gelu.differentiate(_save, _gradient)
