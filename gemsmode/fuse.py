@@ -33,6 +33,7 @@ import linecache
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -56,11 +57,8 @@ from gemsmode.target import Target
 
 log = logging.getLogger("gemsmode")
 
-MAX_STEPS = 24
-"""Calls in one group; what comes after them begins another."""
-
-MAX_TENSORS = 20
-"""Tensors that one group reads."""
+MAX_ROOM = 64
+"""Calls in one group, and what they read, together; what comes after them begins another."""
 
 MAX_GROUPS = 16
 """Groups that wait at one time, in all threads: each holds the memory of what it reads."""
@@ -155,7 +153,7 @@ class _Recipe:
         self.template = [None if i in varying else a for i, a in enumerate(args)]
 
     def enqueue(self, *args: Any) -> Any:
-        """Let a call wait and give back its result, unwritten."""
+        """Let a call wait and give back its result, unwritten; :func:`_straight` is a faster way for most calls."""
         numbers: list[float | int] = []
         for index, is_float, least, most in self.numbers:
             if is_float:
@@ -212,6 +210,7 @@ class _Recipe:
                 at = home.slot_at.get((pointer, number))
                 sources.append(~(home.slot(storage, pointer, meta, number) if at is None else at))
         home.steps.append((self, tuple(sources), target))
+        home.room -= len(sources) + 1
         if numbers:
             home.numbers += numbers
 
@@ -301,17 +300,17 @@ class _Value:
     Attributes:
         group: the group that it is of.
         index: its number there.
-        storage: the address of its storage; the group holds a weak reference to it.
+        address: the address of its storage; the group holds a weak reference to it.
         pointer: the address of its first element.
         meta: its dtype, shape and strides, as a number.
         slot: the group's tensor that it is written to, of an in-place call on a tensor from outside the group; else None.
         is_last: False once an in-place call of the group has written over it.
     """
 
-    __slots__ = ("group", "index", "is_last", "meta", "pointer", "slot", "storage")
+    __slots__ = ("address", "group", "index", "is_last", "meta", "pointer", "slot")
 
-    def __init__(self, group: _Group, storage: int, pointer: int, meta: int, slot: int | None) -> None:
-        self.group, self.storage, self.pointer, self.meta, self.slot = group, storage, pointer, meta, slot
+    def __init__(self, group: _Group, address: int, pointer: int, meta: int, slot: int | None) -> None:
+        self.group, self.address, self.pointer, self.meta, self.slot = group, address, pointer, meta, slot
         self.index = len(group.values)
         self.is_last = True
 
@@ -323,11 +322,61 @@ class _Slot(NamedTuple):
     pointer: int
     meta: TensorMeta
     number: int
+    readers: list[_Group]
 
 
 _Step = tuple[_Recipe, tuple[int, ...], "int | None"]
 """A call of a group: what it does; for each tensor it reads a value's number, or ``~slot``; and, in the same way, what an
 in-place call writes over."""
+
+
+def _straight(recipe: _Recipe, arity: int) -> Callable[..., Any]:
+    """What a call of ``recipe`` runs: ``recipe.enqueue`` for calls that are not in-place and have no decision to make."""
+    if recipe.inplace is not None:
+        return recipe.enqueue
+    given = ", ".join(f"a{i}" for i in range(arity))
+    scope: dict[str, Any] = {"slow": recipe.enqueue, "recipe": recipe, "lock": _lock, "storage_of": _storage_of, "data_ptr": _data_ptr,
+                             "waiting": _pending.get, "pending": _pending, "stream_of": recipe.stream, "identify": _identify,
+                             "Group": _Group, "Value": _Value, "empty": recipe.empty}
+    numbers = []
+    lines = []
+    for i, (index, is_float, least, most) in enumerate(recipe.numbers):
+        numbers.append(f"n{i}")
+        lines.append(f"n{i} = {'float' if is_float else 'int'}(a{index})")
+        if not is_float:
+            lines.append(f"if not {least} <= n{i} <= {most}: raise OverflowError(n{i})")
+    lines.append("with lock:")
+    count = len(recipe.tensors)
+    for i, (index, meta, number) in enumerate(recipe.tensors):
+        scope[f"meta{i}"] = meta
+        lines += [f"    s{i} = storage_of(a{index}); p{i} = data_ptr(a{index}); v{i} = waiting(s{i}._cdata)",
+                  f"    if v{i} is not None and (v{i}.pointer != p{i} or v{i}.meta != {number}): return slow({given})"]
+    lines.append("    home = None")
+    for i in range(count):
+        lines += [f"    if v{i} is not None:",
+                  f"        if home is None: home = v{i}.group" if i else "        home = v0.group"]
+        if i:
+            lines.append(f"        elif home is not v{i}.group: return slow({given})")
+    scope |= {"shape": recipe.shape, "allocated": recipe.sizes[0], "strides": recipe.sizes[1], "dtype": recipe.sizes[2]}
+    at_once = f"home.shape != shape or home.room < {count + 1} or " if not recipe.reduces else ""
+    accepts = "not home.accepts(recipe) or " if recipe.reduces else ""
+    lines += [f"    if home is None: home = Group(recipe, stream_of({recipe.device}), identify())",
+              f"    elif {at_once}home.stream != stream_of({recipe.device}) or home.thread != identify() or "
+              f"{accepts}home.device != {recipe.device}: return slow({given})",
+              "    made = empty(allocated, strides, dtype)"]
+    for i, (_, _, number) in enumerate(recipe.tensors):
+        lines.append(f"    i{i} = ~home.slot(s{i}, p{i}, meta{i}, {number}) if v{i} is None else v{i}.index")
+    lines += [f"    home.steps.append((recipe, ({''.join(f'i{i}, ' for i in range(count))}), None))",
+              f"    home.room -= {count + 1}",
+              f"    home.numbers += ({', '.join(numbers)},)" if numbers else "",
+              "    storage = storage_of(made)",
+              "    address = storage._weak_ref()",
+              f"    pending[address] = value = Value(home, address, data_ptr(made), {recipe.result_meta}, None)",
+              "    home.values.append(value)",
+              "    return made"]
+    text = f"def enqueue({given}):\n" + "".join(f"    {line}\n" for line in lines)
+    exec(compile(text, "<gemsmode fuse call>", "exec"), scope)
+    return scope["enqueue"]
 
 
 _pending: dict[int, _Value] = {}
@@ -349,7 +398,7 @@ class _Group:
         done: whether it was run.
     """
 
-    __slots__ = ("by_rows", "device", "done", "number", "numbers", "shape", "slot_at", "slots", "steps", "stream", "target",
+    __slots__ = ("by_rows", "device", "done", "number", "numbers", "room", "shape", "slot_at", "slots", "steps", "stream", "target",
                  "thread", "values")
 
     def __init__(self, recipe: _Recipe, stream: int, thread: int) -> None:
@@ -359,6 +408,7 @@ class _Group:
         self.shape = recipe.shape
         self.by_rows = recipe.reduces
         self.done = False
+        self.room = MAX_ROOM
         self.steps: list[_Step] = []
         self.values: list[_Value] = []
         self.slots: list[_Slot] = []
@@ -376,7 +426,7 @@ class _Group:
 
     def accepts(self, recipe: _Recipe) -> bool:
         """Whether a call that reads a value of this group can join it; makes room for it."""
-        if len(self.steps) >= MAX_STEPS or len(self.slots) + len(recipe.tensors) > MAX_TENSORS or recipe.device != self.device:
+        if self.room <= len(recipe.tensors) or recipe.device != self.device:
             return False
         shape = recipe.shape
         if shape == self.shape:
@@ -392,8 +442,7 @@ class _Group:
         return False
 
     def can_absorb(self, other: _Group) -> bool:
-        return (other.shape == self.shape and len(self.steps) + len(other.steps) < MAX_STEPS and other.device == self.device
-                and len(self.slots) + len(other.slots) < MAX_TENSORS)
+        return other.shape == self.shape and self.room + other.room > MAX_ROOM and other.device == self.device
 
     def absorb(self, other: _Group) -> None:
         """Take over all calls of ``other``, which then is no more."""
@@ -408,27 +457,28 @@ class _Group:
         self.values += other.values
         self.numbers += other.numbers
         self.by_rows = self.by_rows or other.by_rows
+        self.room -= MAX_ROOM - other.room
         other.done = True
         del _groups[other.number]
         other._leave_readers()
+        other.values, other.slots = [], []
 
     def slot(self, storage: Any, pointer: int, meta: TensorMeta, number: int) -> int:
         at = self.slot_at.get((pointer, number))
         if at is None:
             at = self.slot_at[pointer, number] = len(self.slots)
-            self.slots.append(_Slot(storage, pointer, meta, number))
             readers = _readers.setdefault(storage._cdata, [])
+            self.slots.append(_Slot(storage, pointer, meta, number, readers))
             if self not in readers:
                 readers.append(self)
         return at
 
     def _leave_readers(self) -> None:
-        for slot in self.slots:
-            readers = _readers.get(slot.storage._cdata)
-            if readers is not None and self in readers:
+        for storage, _, _, _, readers in self.slots:
+            if self in readers:
                 readers.remove(self)
                 if not readers:
-                    del _readers[slot.storage._cdata]
+                    del _readers[storage._cdata]
 
     def flush(self) -> None:
         """Run the calls, unless that was done."""
@@ -442,41 +492,46 @@ class _Group:
                 if not value.is_last:
                     held.append(None)
                     continue
-                if _pending.get(value.storage) is value:
-                    del _pending[value.storage]
-                if value.slot is not None:
-                    held.append(self.slots[value.slot].storage)
+                address = value.address
+                del _pending[address]
+                if value.slot is None:
+                    held.append(_revive(address))
+                    _free_weak_ref(address)
                 else:
-                    held.append(_revive(value.storage))
-                    _free_weak_ref(value.storage)
+                    held.append(self.slots[value.slot].storage)
             self._leave_readers()
             live = tuple([storage is not None for storage in held])
-            if True not in live:
-                return
-            bits = 0
-            for slot in self.slots:
-                bits |= slot.pointer
-            key = (tuple(self.steps), live, bits & 15 == 0)
-            _inside.depth += 1
-            try:
-                program = _programs.get(key)
-                if program is None:
-                    while len(_programs) >= _MAX_PROGRAMS:
-                        _programs.pop(next(iter(_programs)))
-                    program = _programs[key] = _make_program(self, live, not bits & 15)
-                program(self, held)
-                if counts is not None:
-                    counts.append(Flushed(tuple([recipe.name for recipe, _, _ in self.steps]), sum(live)))
-            except Exception as error:
-                _warn_once(self, error)
-                _programs[key] = _one_by_one
-                _one_by_one(self, held)
-                if counts is not None:
-                    counts.append(Flushed(tuple([recipe.name for recipe, _, _ in self.steps]), sum(live), False))
-            finally:
-                _inside.depth -= 1
-            if self.stream and self.thread != threading.get_ident():
-                _wait_for(self.stream, self.device)
+            if True in live:
+                self._run(held, live)
+            # Values and their group refer to each other: what the group holds must not wait for the garbage collector.
+            self.values, self.slots, self.steps = [], [], []
+
+    def _run(self, held: list[Any], live: tuple[bool, ...]) -> None:
+        bits = 0
+        for slot in self.slots:
+            bits |= slot.pointer
+        aligned = not bits & 15
+        key = (tuple(self.steps), live, aligned)
+        fused = True
+        _inside.depth += 1
+        try:
+            program = _programs.get(key)
+            if program is None:
+                while len(_programs) >= _MAX_PROGRAMS:
+                    _programs.pop(next(iter(_programs)))
+                program = _programs[key] = _make_program(self, live, aligned)
+            program(self, held)
+        except Exception as error:
+            fused = False
+            _warn_once(self, error)
+            _programs[key] = _one_by_one
+            _one_by_one(self, held)
+        finally:
+            _inside.depth -= 1
+        if counts is not None:
+            counts.append(Flushed(tuple([recipe.name for recipe, _, _ in self.steps]), sum(live), fused))
+        if self.target.device_type == "cuda" and self.thread != _identify():
+            _wait_for(self.stream, self.device)
 
 
 class Flushed(NamedTuple):
@@ -504,7 +559,7 @@ def _wait_for(stream: int, device: int) -> None:
     """What this thread does next on its stream comes after what was just run on ``stream``."""
     current = torch.cuda.current_stream(device)
     if current.cuda_stream != stream and not torch.cuda.is_current_stream_capturing():
-        current.wait_stream(torch.cuda.ExternalStream(stream, device=device))
+        current.wait_stream(torch.cuda.ExternalStream(stream, device=device) if stream else torch.cuda.default_stream(device))
 
 
 def flush_all() -> None:
@@ -614,6 +669,7 @@ _MAX_RECIPES = 2048
 def _deferring(handler: OpHandler) -> Callable[..., Any]:
     """Let a call wait if it can; else run it once its tensors have their values."""
     runs: dict[tuple, Callable[..., Any]] = {}
+    deferred: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
     writes = handler.op._schema.is_mutable
 
     def ordinary(*args: Any) -> Any:
@@ -627,11 +683,16 @@ def _deferring(handler: OpHandler) -> Callable[..., Any]:
         if len(runs) >= _MAX_RECIPES:
             runs.pop(next(iter(runs)))
         recipe = _recipe_for(handler, args)
-        runs[key] = recipe.enqueue if recipe is not None else _guarded(handler.lookup(args).run, writes)
-        return runs[key]
+        if recipe is None:
+            run = _guarded(handler.lookup(args).run, writes)
+        else:
+            run = _straight(recipe, len(args))
+            deferred.add(run)
+        runs[key] = run
+        return run
 
     def failed(error: Exception, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        if getattr(run, "__func__", None) is _Recipe.enqueue:
+        if run in deferred:
             # A number that does not convert, no memory, a wrapper without memory: the ordinary way knows what to do.
             flush_all()
             return ordinary(*args)
@@ -682,7 +743,7 @@ def _tensor(storage: Any, pointer: int, meta: TensorMeta) -> torch.Tensor:
 def _one_by_one(group: _Group, held: list[Any]) -> None:
     """Run each call of a group in order, by the ordinary way."""
     with _below_the_mode():
-        storages = {value.storage: storage for value, storage in zip(group.values, held) if storage is not None}
+        storages = {value.address: storage for value, storage in zip(group.values, held) if storage is not None}
         outside = [_tensor(s.storage, s.pointer, s.meta) for s in group.slots]
         inside: list[torch.Tensor] = []
         numbers = iter(group.numbers)
@@ -696,8 +757,8 @@ def _one_by_one(group: _Group, held: list[Any]) -> None:
                 assert recipe.inplace is not None
                 args[recipe.inplace] = inside[target] if target >= 0 else outside[~target]
             result = _ordinary(recipe.handler, tuple(args))
-            if target is None and value.storage in storages:
-                own = _tensor(storages[value.storage], value.pointer, recipe.result)
+            if target is None and value.address in storages:
+                own = _tensor(storages[value.address], value.pointer, recipe.result)
                 result = own.copy_(result)
             inside.append(result)
 

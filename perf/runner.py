@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -40,8 +41,10 @@ from perf import models, start
 from perf.cases import DTYPES, GROWING, Case, llama_parameters, shrunk
 from perf.measure import Context, Runnable, Stopwatch, Times
 
-PROVIDERS = ("eager", "gemsmode", "fastest", "fuse", "patch", "capture", "fastest+capture", "patch+capture", "compile", "flag_gems",
-             "liger_kernel")
+OF_MODELS = ("patch", "patch+fastest", "capture", "fastest+capture", "patch+capture", "patch+fastest+capture")
+"""Providers that run whole models only."""
+
+PROVIDERS = ("eager", "gemsmode", "fastest", "fuse", *OF_MODELS, "compile", "flag_gems", "liger_kernel")
 """Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")`` and ``fuse`` is ``GemsMode(fuse=True)``; of whole models ``patch``
 is ``gemsmode.patch`` under the mode and ``capture`` is ``gemsmode.capture``; ``compile`` is ``torch.compile``."""
 
@@ -337,12 +340,11 @@ def _patched(model: torch.nn.Module, around: Context) -> Iterator[Any]:
 
 def _written(call: Callable[[], Any]) -> Callable[[], Any]:
     """``call`` with its result written while it is held: what nobody holds any more is not computed with ``fuse=True``."""
+    from gemsmode.fuse import flush_all
 
     def run() -> Any:
-        from gemsmode import fuse
-
         result = call()
-        fuse.flush_all()
+        flush_all()
         return result
 
     return run
@@ -574,10 +576,12 @@ class Runner:
         elif name in OF_MODELS:
             if prepared.case.group != "model":
                 raise NotImplementedError("only of whole models")
-            around = gemsmode.GemsMode if name == "patch" else contextlib.nullcontext
-            if name.endswith("capture"):
-                call = gemsmode.capture(call, prefer="fastest" if name.startswith("fastest") else None)
-            return Runnable(call, (lambda: _patched(prepared.model.model, around)) if name.startswith("patch") else around)
+            words = name.split("+")
+            prefer = "fastest" if "fastest" in words else None
+            around: Context = functools.partial(gemsmode.GemsMode, prefer=prefer)
+            if "capture" in words:
+                call, around = gemsmode.capture(call, prefer=prefer), contextlib.nullcontext
+            return Runnable(call, (lambda: _patched(prepared.model.model, around)) if "patch" in words else around)
         elif name == "liger_kernel":
             own = prepared.liger()
             if own is None:

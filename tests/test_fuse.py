@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import io
 import os
 import pickle
@@ -155,6 +156,27 @@ def test_memory_of_what_nobody_holds_is_free_at_once() -> None:
         assert torch.UntypedStorage._expired(storage)
     torch.UntypedStorage._free_weak_ref(storage)
     assert torch.equal(kept, (x + 1) * 2)
+
+
+def test_memory_of_what_was_read_is_free_once_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter keeps what it ran on until the garbage collector comes.
+    monkeypatch.setattr(fuse, "_programs", {})
+    monkeypatch.setattr(fuse, "_make_program", lambda *args: lambda group, held: None)
+    gc.collect()
+    gc.disable()
+    try:
+        x = normal(8, 8)
+        storage = x.untyped_storage()._weak_ref()
+        with GemsMode(fuse=True):
+            kept = x * 3 + x.t() * 2
+            del x
+            assert not torch.UntypedStorage._expired(storage)
+            fuse.flush_all()
+            assert torch.UntypedStorage._expired(storage)
+        torch.UntypedStorage._free_weak_ref(storage)
+        assert kept.shape == (8, 8)
+    finally:
+        gc.enable()
 
 
 def test_a_repeated_sequence_makes_no_new_kernel(flushed: list[Flushed]) -> None:
@@ -453,19 +475,19 @@ def test_a_kernel_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch, flus
 
 
 def test_groups_are_bounded() -> None:
-    x, others = normal(4, 4), [normal(4, 4, seed=s) for s in range(2 * fuse.MAX_TENSORS)]
+    x, others = normal(4, 4), [normal(4, 4, seed=s) for s in range(2 * fuse.MAX_ROOM)]
     with GemsMode(fuse=True):
         kept = [x * i for i in range(3 * fuse.MAX_GROUPS)]
         assert len(fuse._groups) <= fuse.MAX_GROUPS
         y = x
-        for _ in range(2 * fuse.MAX_STEPS):
+        for _ in range(2 * fuse.MAX_ROOM):
             y = y + 1
         z = x * 1
         for other in others:
             z = z + other
     assert all(torch.equal(k, x * i) for i, k in enumerate(kept))
     wanted = x
-    for _ in range(2 * fuse.MAX_STEPS):
+    for _ in range(2 * fuse.MAX_ROOM):
         wanted = wanted + 1
     assert torch.equal(y, wanted)
     torch.testing.assert_close(z, x + torch.stack(others).sum(0), rtol=1e-5, atol=1e-5)
@@ -585,7 +607,7 @@ class Deferred:
         there = tuple([fuse.TensorMeta.of(a)._replace(device=torch.device("cuda", 0)) if isinstance(a, torch.Tensor) else a for a in given])
         recipe = fuse._recipe_for(self.gpu.policy.handler(op), there)
         assert recipe is not None
-        return recipe.enqueue(*given)
+        return fuse._straight(recipe, len(given))(*given)
 
 
 @pytest.fixture(params=["flat", "nested", "public"])
