@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -148,12 +148,12 @@ def _weights(s, top, total, bias, biases, bias_strides, o_n, first_n, n_end, o_m
 def _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_row, v_row, first, last, n_end, o_m, first_m, m_size,
                d_size, v_size, shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
                MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-               BIAS_ROW: tl.constexpr, TMA: tl.constexpr, ROLES: tl.constexpr):
+               BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
     """The keys from `first` to `last` taken into acc [M, V] and the maximum and sum of each row. MASKED: not all of them count."""
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     rows = tl.arange(0, BLOCK_N)
-    for start in tl.range(first, last, BLOCK_N, warp_specialize=ROLES):
+    for start in range(first, last, BLOCK_N):
         o_n = start + rows
         m_n = o_n < n_end
         k = _fetch(keys, start, rows, o_d, k_row, m_n, o_d < d_size, MASKED, MASK_D, TMA)  # [BLOCK_N, BLOCK_D]
@@ -169,13 +169,8 @@ def _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_r
 def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size, d_size, v_size, lse_rows, split_size, shift, scale,
                    q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides, CAUSAL: tl.constexpr, SAFE: tl.constexpr,
                    EMPTY: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr,
-                   ROLES: tl.constexpr, RAGGED: tl.constexpr):
+                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
     """One block of queries of one head against one split of the keys. Grid: (query blocks of all heads, splits).
-
-    ROLES: one warp group reads blocks (through descriptors), the others compute with 64 queries each and do not wait for one
-    another, so that one computes weights while another has the tensor cores. The compiler takes one loop apart in that way,
-    so that a mask is applied to every block: if it is causal, or there are RAGGED keys after the last whole block.
 
     Strides are over batch, head, row (bias_strides: batch, head, row, key); the last of out_strides and lse_strides is
     that of splits. `lse` is () or a pointer, with lse_rows rows: those without a query are infinite. EMPTY is the lse of
@@ -200,10 +195,7 @@ def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     m_m = o_m < m_size
-    if ROLES:
-        q = _source(p_q, m_size - i_m * BLOCK_M, d_size, q_strides[2], BLOCK_M, BLOCK_D, True).load([0, 0])
-    else:
-        q = _load(p_q, rows, o_d, q_strides[2], m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
+    q = _load(p_q, rows, o_d, q_strides[2], m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -219,17 +211,12 @@ def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size
     keys = _source(p_k, n_size, d_size, k_strides[2], BLOCK_N, BLOCK_D, TMA)
     values = _source(p_v, n_size, v_size, v_strides[2], BLOCK_N, BLOCK_V, TMA)
     biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
-    if ROLES:
-        acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], first, last,
-                                     n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, CAUSAL or RAGGED, SAFE,
-                                     PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, True)
-    else:
-        acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], first, whole,
-                                     n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, False, SAFE, PRECISION,
-                                     MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
-        acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], whole, last,
-                                     n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, True, SAFE, PRECISION,
-                                     MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
+    acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], first, whole,
+                                 n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, False, SAFE, PRECISION,
+                                 MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
+    acc, top, total = _over_keys(acc, top, total, q, keys, values, bias, biases, bias_strides, k_strides[2], v_strides[2], whole, last,
+                                 n_end, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2, CAUSAL, True, SAFE, PRECISION,
+                                 MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
     if SAFE:
         empty = total == 0
         total = tl.where(empty, 1.0, total)
@@ -301,7 +288,7 @@ def delta_kernel(p_grad, p_out, p_delta, heads, m_size, v_size, grad_strides, ou
 def _over_queries(dk, dv, k, v, queries, grads, p_lse, p_delta, bias, biases, bias_strides, q_row, grad_row, lse_row, first, last, o_n,
                   first_n, m_size, n_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
                   MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                  BIAS_ROW: tl.constexpr, TMA: tl.constexpr, ROLES: tl.constexpr):
+                  BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
     """The queries from `first` to `last` taken into dk [N, D] and dv [N, V].
 
     Scores are held transposed, [N, M], so that they are left operands as they are. Rows after the last query are zeros,
@@ -311,7 +298,7 @@ def _over_queries(dk, dv, k, v, queries, grads, p_lse, p_delta, bias, biases, bi
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     rows = tl.arange(0, BLOCK_M)
-    for start in tl.range(first, last, BLOCK_M, warp_specialize=ROLES):
+    for start in range(first, last, BLOCK_M):
         o_m = start + rows
         m_m = o_m < m_size
         at = tl.cast(start, tl.int64)
@@ -340,11 +327,8 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
                           scale, q_strides, k_strides, v_strides, bias_strides, grad_strides, lse_strides, dk_strides, dv_strides,
                           CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr,
                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                          BIAS_ROW: tl.constexpr, TMA: tl.constexpr, ROLES: tl.constexpr):
-    """The gradients of one block of keys and values, from all queries of the heads that use them. Grid: (key blocks of all key heads).
-
-    ROLES: as :func:`forward_kernel` has them, for groups of one head.
-    """
+                          BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
+    """The gradients of one block of keys and values, from all queries of the heads that use them. Grid: (key blocks of all key heads)."""
     blocks = tl.cdiv(n_size, BLOCK_N)
     i_bg = tl.program_id(0) // blocks
     i_n = tl.program_id(0) % blocks  # with a causal mask the first keys have the most queries
@@ -359,37 +343,25 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
     m_n = o_n < n_size
     p_k += i_b * k_strides[0] + i_g * k_strides[1] + row * k_strides[2]
     p_v += i_b * v_strides[0] + i_g * v_strides[1] + row * v_strides[2]
-    if ROLES:
-        k = _source(p_k, n_size - i_n * BLOCK_N, d_size, k_strides[2], BLOCK_N, BLOCK_D, True).load([0, 0])
-        v = _source(p_v, n_size - i_n * BLOCK_N, v_size, v_strides[2], BLOCK_N, BLOCK_V, True).load([0, 0])
-    else:
-        k = _load(p_k, rows, o_d, k_strides[2], m_n, o_d < d_size, True, MASK_D)  # [BLOCK_N, BLOCK_D]
-        v = _load(p_v, rows, o_v, v_strides[2], m_n, o_v < v_size, True, MASK_V)  # [BLOCK_N, BLOCK_V]
+    k = _load(p_k, rows, o_d, k_strides[2], m_n, o_d < d_size, True, MASK_D)  # [BLOCK_N, BLOCK_D]
+    v = _load(p_v, rows, o_v, v_strides[2], m_n, o_v < v_size, True, MASK_V)  # [BLOCK_N, BLOCK_V]
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     first = 0
     if CAUSAL:
         first = tl.maximum(i_n * BLOCK_N - shift, 0) // BLOCK_M * BLOCK_M
-    if ROLES:
-        queries = _source(p_q + i_b * q_strides[0] + i_g * q_strides[1], m_size, d_size, q_strides[2], BLOCK_M, BLOCK_D, True)
-        grads = _source(p_grad + i_b * grad_strides[0] + i_g * grad_strides[1], m_size, v_size, grad_strides[2], BLOCK_M, BLOCK_V, True)
-        dk, dv = _over_queries(dk, dv, k, v, queries, grads, p_lse + i_b * lse_strides[0] + i_g * lse_strides[1],
-                               p_delta + (i_b * heads + i_g) * m_size, bias, p_q, bias_strides, q_strides[2], grad_strides[2],
-                               lse_strides[2], first, m_size, o_n, i_n * BLOCK_N, m_size, n_size, d_size, v_size, shift, scale * LOG2E,
-                               CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V, BIAS_ROW, True, True)
-    else:
-        for member in range(0, group):
-            i_h = i_g * group + member
-            p_q_head = p_q + i_b * q_strides[0] + i_h * q_strides[1]
-            p_grad_head = p_grad + i_b * grad_strides[0] + i_h * grad_strides[1]
-            p_lse_head = p_lse + i_b * lse_strides[0] + i_h * lse_strides[1]
-            p_delta_head = p_delta + (i_b * heads + i_h) * m_size
-            queries = _source(p_q_head, m_size, d_size, q_strides[2], BLOCK_M, BLOCK_D, TMA)
-            grads = _source(p_grad_head, m_size, v_size, grad_strides[2], BLOCK_M, BLOCK_V, TMA)
-            biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
-            dk, dv = _over_queries(dk, dv, k, v, queries, grads, p_lse_head, p_delta_head, bias, biases, bias_strides, q_strides[2],
-                                   grad_strides[2], lse_strides[2], first, m_size, o_n, i_n * BLOCK_N, m_size, n_size, d_size, v_size,
-                                   shift, scale * LOG2E, CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
+    for member in range(0, group):
+        i_h = i_g * group + member
+        p_q_head = p_q + i_b * q_strides[0] + i_h * q_strides[1]
+        p_grad_head = p_grad + i_b * grad_strides[0] + i_h * grad_strides[1]
+        p_lse_head = p_lse + i_b * lse_strides[0] + i_h * lse_strides[1]
+        p_delta_head = p_delta + (i_b * heads + i_h) * m_size
+        queries = _source(p_q_head, m_size, d_size, q_strides[2], BLOCK_M, BLOCK_D, TMA)
+        grads = _source(p_grad_head, m_size, v_size, grad_strides[2], BLOCK_M, BLOCK_V, TMA)
+        biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
+        dk, dv = _over_queries(dk, dv, k, v, queries, grads, p_lse_head, p_delta_head, bias, biases, bias_strides, q_strides[2],
+                               grad_strides[2], lse_strides[2], first, m_size, o_n, i_n * BLOCK_N, m_size, n_size, d_size, v_size,
+                               shift, scale * LOG2E, CAUSAL, PRECISION, MASK_D, MASK_V, BLOCK_M, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
     p_dk += i_b * dk_strides[0] + i_g * dk_strides[1] + row * dk_strides[2]
     p_dv += i_b * dv_strides[0] + i_g * dv_strides[1] + row * dv_strides[2]
     _store(p_dk, dk * scale, rows, o_d, dk_strides[2], m_n, o_d < d_size, MASK_D)
@@ -400,12 +372,12 @@ def grad_key_value_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dk, p_d
 def _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides, k_row, v_row, first,
                     last, n_size, o_m, first_m, m_size, d_size, v_size, shift, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
                     PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr, ROLES: tl.constexpr):
+                    BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
     """The keys from `first` to `last` taken into dq [M, D]; sums [M] is the lse in base 2."""
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     rows = tl.arange(0, BLOCK_N)
-    for start in tl.range(first, last, BLOCK_N, warp_specialize=ROLES):
+    for start in range(first, last, BLOCK_N):
         o_n = start + rows
         m_n = o_n < n_size
         k = _fetch(keys, start, rows, o_d, k_row, m_n, o_d < d_size, MASKED, MASK_D, TMA)  # [BLOCK_N, BLOCK_D]
@@ -434,12 +406,8 @@ def _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_s
 def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, heads, group, m_size, n_size, d_size, v_size, shift, scale,
                       q_strides, k_strides, v_strides, bias_strides, grad_strides, lse_strides, dq_strides, dbias_strides,
                       CAUSAL: tl.constexpr, PRECISION: tl.constexpr, MASK_D: tl.constexpr, MASK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr,
-                      ROLES: tl.constexpr, RAGGED: tl.constexpr):
-    """The gradient of one block of queries, and of the bias if `dbias` is a pointer. Grid: (query blocks of all heads).
-
-    ROLES and RAGGED: as :func:`forward_kernel` has them.
-    """
+                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BIAS_ROW: tl.constexpr, TMA: tl.constexpr):
+    """The gradient of one block of queries, and of the bias if `dbias` is a pointer. Grid: (query blocks of all heads)."""
     blocks = tl.cdiv(m_size, BLOCK_M)
     i_bh = tl.program_id(0) // blocks
     i_m = tl.program_id(0) % blocks
@@ -462,18 +430,10 @@ def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, 
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_V)
     m_m = o_m < m_size
-    if ROLES:
-        q = _source(p_q, m_size - i_m * BLOCK_M, d_size, q_strides[2], BLOCK_M, BLOCK_D, True).load([0, 0])
-        grad = _source(p_grad, m_size - i_m * BLOCK_M, v_size, grad_strides[2], BLOCK_M, BLOCK_V, True).load([0, 0])
-    else:
-        q = _load(p_q, rows, o_d, q_strides[2], m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
-        grad = _load(p_grad, rows, o_v, grad_strides[2], m_m, o_v < v_size, True, MASK_V)  # [BLOCK_M, BLOCK_V]
-    if ROLES:
-        sums = tl.make_tensor_descriptor(p_lse, [m_size - i_m * BLOCK_M], [1], [BLOCK_M]).load([0]) * LOG2E
-        delta = tl.make_tensor_descriptor(p_delta + i_bh.to(tl.int64) * m_size + row, [m_size - i_m * BLOCK_M], [1], [BLOCK_M]).load([0])
-    else:
-        sums = tl.load(p_lse + rows * lse_strides[2], mask=m_m, other=0.0) * LOG2E
-        delta = tl.load(p_delta + i_bh.to(tl.int64) * m_size + row + rows, mask=m_m, other=0.0)
+    q = _load(p_q, rows, o_d, q_strides[2], m_m, o_d < d_size, True, MASK_D)  # [BLOCK_M, BLOCK_D]
+    grad = _load(p_grad, rows, o_v, grad_strides[2], m_m, o_v < v_size, True, MASK_V)  # [BLOCK_M, BLOCK_V]
+    sums = tl.load(p_lse + rows * lse_strides[2], mask=m_m, other=0.0) * LOG2E
+    delta = tl.load(p_delta + i_bh.to(tl.int64) * m_size + row + rows, mask=m_m, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale2 = scale * LOG2E
     last = n_size
@@ -487,17 +447,12 @@ def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, 
     keys = _source(p_k, n_size, d_size, k_strides[2], BLOCK_N, BLOCK_D, TMA)
     values = _source(p_v, n_size, v_size, v_strides[2], BLOCK_N, BLOCK_V, TMA)
     biases = _bias_source(bias, p_q, bias_strides, i_b, i_h, m_size, n_size, BLOCK_M, BLOCK_N, BIAS_ROW, TMA)
-    if ROLES:
-        dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides,
-                             k_strides[2], v_strides[2], 0, last, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2,
-                             CAUSAL, CAUSAL or RAGGED, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, True)
-    else:
-        dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides,
-                             k_strides[2], v_strides[2], 0, whole, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2,
-                             CAUSAL, False, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
-        dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides,
-                             k_strides[2], v_strides[2], whole, last, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2,
-                             CAUSAL, True, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA, False)
+    dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides,
+                         k_strides[2], v_strides[2], 0, whole, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2,
+                         CAUSAL, False, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
+    dq = _grad_over_keys(dq, q, grad, sums, delta, keys, values, bias, biases, bias_strides, dbias, p_dbias, dbias_strides,
+                         k_strides[2], v_strides[2], whole, last, n_size, o_m, i_m * BLOCK_M, m_size, d_size, v_size, shift, scale2,
+                         CAUSAL, True, PRECISION, MASK_D, MASK_V, BLOCK_N, BLOCK_D, BLOCK_V, BIAS_ROW, TMA)
     p_dq += i_b * dq_strides[0] + i_h * dq_strides[1] + row * dq_strides[2]
     _store(p_dq, dq * scale, rows, o_d, dq_strides[2], m_m, o_d < d_size, MASK_D)
 
@@ -507,33 +462,30 @@ def grad_query_kernel(p_q, p_k, p_v, bias, p_grad, p_lse, p_delta, p_dq, dbias, 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Queries and keys of a program's step, its warps and pipeline depth, and whether warp groups have roles of their own."""
+    """Queries and keys of a program's step, its warps and pipeline depth."""
 
     m: int
     n: int
     warps: int
     stages: int
-    roles: bool = False
 
 
 Ladder = Sequence[tuple[int, Blocks]]
 
-# By (largest padded head dimension, blocks), for 16-bit inputs: the largest that compile without spills for sm_90. A
-# program of 128 queries has two warp groups of 64 rows; two programs share a multiprocessor up to a head dimension of 64.
+# By (largest padded head dimension, blocks), for 16-bit inputs: none spills on sm_90, and of these the fastest on an H200
+# where it was measured. A program of 128 queries has two warp groups of 64 rows.
 FORWARD: Ladder = ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 3)), (256, Blocks(128, 32, 8, 2)))
-FORWARD_TMA: Ladder = ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 128, 8, 2)), (256, Blocks(128, 64, 8, 2)))
-"""Tensor descriptors leave registers for more keys at a time."""
-FORWARD_ROLES: Ladder = ((64, Blocks(128, 128, 4, 2, True)), (128, Blocks(128, 128, 4, 2, True)))
-"""The same on GPUs whose warp groups can have roles of their own."""
+FORWARD_TMA: Ladder = ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 3)), (256, Blocks(128, 64, 8, 2)))
+"""Read through tensor descriptors, which leave registers for more keys at a time."""
 FORWARD_BIASED: Ladder = ((64, Blocks(64, 64, 4, 2)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(128, 32, 8, 2)))
 """With a bias read through a descriptor: four programs share a multiprocessor, so that some compute while others wait for it."""
 FORWARD_FEW: Ladder = ((128, Blocks(64, 64, 4, 3)), (256, Blocks(64, 32, 8, 2)))
 """For at most 64 queries."""
-DECODE: Ladder = ((64, Blocks(16, 64, 4, 4)), (128, Blocks(16, 32, 4, 4)), (256, Blocks(16, 32, 4, 3)))
-"""For at most 16 queries: keys and values are read once, and bandwidth decides. Four programs share a multiprocessor."""
+DECODE: Ladder = ((128, Blocks(16, 64, 4, 3)), (256, Blocks(16, 32, 4, 3)))
+"""For at most 16 queries: keys and values are read once, and bandwidth decides."""
+DECODE_ONE: Ladder = ((64, Blocks(16, 64, 4, 3)), (128, Blocks(16, 128, 4, 2)), (256, Blocks(16, 32, 4, 3)))
+"""For one query, of a head that shares its keys with no other."""
 GRAD_KEY_VALUE: Ladder = ((64, Blocks(64, 128, 8, 2)), (128, Blocks(32, 128, 8, 2)), (256, Blocks(32, 32, 8, 1)))
-GRAD_KEY_VALUE_ROLES: Ladder = ((64, Blocks(64, 128, 4, 2, True)), (128, Blocks(32, 128, 4, 2, True)))
-GRAD_QUERY_ROLES: Ladder = ((64, Blocks(128, 64, 4, 2, True)), (128, Blocks(128, 64, 4, 2, True)))
 GRAD_QUERY: Ladder = ((64, Blocks(128, 64, 8, 2)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(32, 32, 8, 1)))
 
 # The same for float32, whose products are computed without tensor cores: sums take a register each.
@@ -545,32 +497,27 @@ def _rung(ladder: Ladder, d: int) -> Blocks:
     return next(blocks for limit, blocks in ladder if d <= limit)
 
 
-def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: bool, roles: bool, target: Target) -> Blocks:
+def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: bool, target: Target) -> Blocks:
     """The blocks of ``kind`` (``forward``, ``key_value`` or ``query``) for ``m`` queries and padded head dimension ``d``.
 
-    ``tma``, ``biased``, ``roles``: what is read through descriptors; whether there is a bias; whether the kernel could have
-    roles for warp groups.
+    ``tma`` and ``biased``: whether blocks are read through descriptors, and whether there is a bias.
     """
     if target.interpreted:
         queries = max(min(power_of_2(m), 128), 16)
-        return Blocks(queries, 128, 4, 1, roles and IN_INTERPRETER == "roles")
+        return Blocks(queries, 128, 4, 1)
     if itemsize == 4:
         blocks = _rung(FORWARD_FLOAT if kind == "forward" else BACKWARD_FLOAT, d)
         return Blocks(16, blocks.n, blocks.warps, blocks.stages) if kind == "forward" and m <= 16 else blocks
-    roles = roles and target.arch == 90 and 64 < m and d <= 128
-    if kind == "forward":
-        if m <= 64:
-            ladder = DECODE if m <= 16 else FORWARD_FEW
-        elif not tma:
-            ladder = FORWARD
-        elif biased:
-            ladder = FORWARD_BIASED
-        else:
-            ladder = FORWARD_ROLES if roles else FORWARD_TMA
-    elif kind == "key_value":
-        ladder = GRAD_KEY_VALUE_ROLES if roles else GRAD_KEY_VALUE
+    if kind != "forward":
+        ladder = GRAD_KEY_VALUE if kind == "key_value" else GRAD_QUERY
+    elif m <= 16:
+        ladder = DECODE_ONE if m == 1 and target.has_wgmma else DECODE
+    elif m <= 64:
+        ladder = FORWARD_FEW
+    elif not tma:
+        ladder = FORWARD
     else:
-        ladder = GRAD_QUERY_ROLES if roles else GRAD_QUERY
+        ladder = FORWARD_BIASED if biased else FORWARD_TMA
     blocks = _rung(ladder, d)
     if target.backend == "hip" and kind != "forward" and d > 64:
         blocks = Blocks(32, 32, 4, 1) if d <= 128 else Blocks(16, 16, 4, 1)
@@ -587,7 +534,7 @@ def choose_blocks(kind: str, d: int, m: int, itemsize: int, tma: bool, biased: b
     stages = blocks.stages
     while stages > 1 and d * itemsize * (held_rows + stages * 2 * step) > target.shared_memory:
         stages -= 1
-    return replace(blocks, stages=stages)
+    return Blocks(blocks.m, blocks.n, blocks.warps, stages)
 
 
 MAX_SPLITS = 64
@@ -750,8 +697,10 @@ def _grouped(a: Attention, rows_of: Sequence[tuple[int, ...]]) -> tuple[Attentio
     return a._replace(q=q, bias=bias), [rearranged(s) for s in rows_of]
 
 
-IN_INTERPRETER = ""
-"""``descriptors`` if the interpreter reads through tensor descriptors, ``roles`` if in the loop for warp groups too: for tests."""
+IN_INTERPRETER = False
+"""Whether the interpreter reads through tensor descriptors: for tests."""
+POINTERS = 64
+"""The largest padded head dimension of which a forward without a bias reads through pointers: 1.1 times as fast on an H200."""
 
 
 def _described(a: Attention, target: Target, *read: Operand) -> bool:
@@ -795,8 +744,8 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
     rows = max(m, lse_rows)
     head = _head_constants(d, value_d)
     block_d = max(dict(head)["BLOCK_D"], dict(head)["BLOCK_V"])
-    tma = _described(a, call.target, a.q, a.k, a.v)
-    blocks = choose_blocks("forward", block_d, m, a.q.meta.dtype.itemsize, tma, a.bias is not None, tma and a.bias is None, call.target)
+    tma = _described(a, call.target, a.k, a.v) and (a.bias is not None or block_d > POINTERS or call.target.interpreted)
+    blocks = choose_blocks("forward", block_d, m, a.q.meta.dtype.itemsize, tma, a.bias is not None, call.target)
     programs = -(-rows // blocks.m) * batch * heads
     splits = choose_splits(programs, n, call.target) if m <= 16 else 1
     split_size = -(-n // splits)
@@ -821,8 +770,7 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
     safe = a.bias is not None or (a.causal and (a.shift < 0 or splits > 1))
     constants = Constants((("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("SAFE", safe),
                            ("EMPTY", empty if splits == 1 else float("-inf")), ("PRECISION", _precision(a)), *head,
-                           ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n), ("ROLES", blocks.roles),
-                           ("RAGGED", blocks.roles and n % blocks.n != 0)))
+                           ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n)))
     launches = [Launch(forward_kernel, (programs, splits, 1),
                        (a.q.ref, a.k.ref, a.v.ref, bias, written, sums, Size(heads), Size(heads // a.k.meta.shape[1]), Size(m), Size(n),
                         extent(d), extent(value_d), Size(written_rows), Size(split_size), Size(a.shift), a.scale or TINY, a.q.steps,
@@ -863,10 +811,8 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
     block_d = max(dict(head)["BLOCK_D"], dict(head)["BLOCK_V"])
     itemsize = a.q.meta.dtype.itemsize
     tma = _described(a, call.target, a.q, a.k, a.v, grad)
-    # The sums of rows are read through descriptors then: addresses are multiples of 16 bytes.
-    roles = tma and a.bias is None and lse.stride[2] == 1 and not (m % 4 or lse.stride[0] % 4 or lse.stride[1] % 4)
-    for_keys = choose_blocks("key_value", block_d, m, itemsize, tma, a.bias is not None, roles and group == 1, call.target)
-    for_queries = choose_blocks("query", block_d, m, itemsize, tma, a.bias is not None, roles, call.target)
+    for_keys = choose_blocks("key_value", block_d, m, itemsize, tma, a.bias is not None, call.target)
+    for_queries = choose_blocks("query", block_d, m, itemsize, tma, a.bias is not None, call.target)
     common = (("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("PRECISION", _precision(a)), *head)
     delta = Out(len(allocs) + (grad_bias is not None))
     sizes = (Size(heads), Size(group), Size(m), Size(n), extent(d), extent(value_d), Size(a.shift), a.scale)
@@ -883,12 +829,10 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
                Constants((("MASK_V", dict(head)["MASK_V"]), ("BLOCK_M", delta_rows), ("BLOCK_V", dict(head)["BLOCK_V"])))),
         Launch(grad_key_value_kernel, (-(-n // for_keys.n) * batch * (heads // group), 1, 1),
                (*tensors, Out(1), Out(2), *sizes, *strides, written[1], written[2]),
-               Constants((*common, ("BLOCK_M", for_keys.m), ("BLOCK_N", for_keys.n), ("ROLES", for_keys.roles))),
-               for_keys.warps, for_keys.stages),
+               Constants((*common, ("BLOCK_M", for_keys.m), ("BLOCK_N", for_keys.n))), for_keys.warps, for_keys.stages),
         Launch(grad_query_kernel, (-(-m // for_queries.m) * batch * heads, 1, 1),
                (*tensors, Out(0), dbias, *sizes, *strides, written[0], dbias_strides),
-               Constants((*common, ("BLOCK_M", for_queries.m), ("BLOCK_N", for_queries.n), ("ROLES", for_queries.roles),
-                          ("RAGGED", for_queries.roles and n % for_queries.n != 0))), for_queries.warps, for_queries.stages),
+               Constants((*common, ("BLOCK_M", for_queries.m), ("BLOCK_N", for_queries.n))), for_queries.warps, for_queries.stages),
     )
     if max(step.grid[0] for step in launches) >= 2**31:
         raise Decline("more blocks than a grid can have")

@@ -137,8 +137,8 @@ def close(got, expected, dtype, factor=1.0):
     assert (got.double() - expected).abs().max().item() <= factor * TOLERANCE[dtype]
 
 
-@pytest.fixture(params=["", "descriptors", "roles"], ids=["pointers", "descriptors", "roles"])
-def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """How blocks are read: in the interpreter by pointers, unless asked for what a GPU that has descriptors takes."""
     from gemsmode.ops import attention
 
@@ -149,7 +149,7 @@ def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 CUDA_SIZES = {
     "grouped, other head dimension of values": (2, 4, 2, 40, 48, 16, 24),
     "decode of a group": (1, 4, 1, 1, 600, 24, 24),
-    "two blocks": (1, 1, 1, 132, 136, 32, 32),
+    "two blocks": (1, 1, 1, 130, 136, 32, 32),
 }
 
 
@@ -160,7 +160,7 @@ def gradients(q, k, v, grad, **options):
 
 @pytest.mark.parametrize("mask", ["causal", "bias", "row of bias", "causal and bias"])
 @pytest.mark.parametrize("name", CUDA_SIZES)
-def test_cudnn_and_efficient_ops(name: str, mask: str, reading: str, device: str) -> None:
+def test_cudnn_and_efficient_ops(name: str, mask: str, reading: bool, device: str) -> None:
     if reading and (name != "two blocks" or "row" in mask):
         pytest.skip("one size read through descriptors is enough")
     if reading and device == "cuda":
@@ -215,8 +215,8 @@ def test_cudnn_and_efficient_ops(name: str, mask: str, reading: str, device: str
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("size", [(2, 4, 2, 40, 48, 16), (1, 2, 1, 1, 600, 24), (1, 1, 1, 152, 130, 64)], ids=str)
-def test_flash_ops(size: tuple[int, ...], causal: bool, reading: str, device: str) -> None:
+@pytest.mark.parametrize("size", [(2, 4, 2, 40, 48, 16), (1, 2, 1, 1, 600, 24), (1, 1, 1, 150, 130, 64)], ids=str)
+def test_flash_ops(size: tuple[int, ...], causal: bool, reading: bool, device: str) -> None:
     """The causal mask is aligned to the last query and key; what is [B, M, H, D] gives the same."""
     if reading and (size[-1] != 64 or device == "cuda"):
         pytest.skip("one size read through descriptors is enough")
