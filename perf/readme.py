@@ -32,6 +32,7 @@ SHOWN = {
 """The cases that the README names, and what it calls them."""
 
 NAMES = {"fastest": '`prefer="fastest"`', "patch": "`patch`", "patch+capture": "`patch` and `capture`",
+         "patch+fastest": '`patch` and `prefer="fastest"`', "patch+fastest+capture": '`patch` and `capture(prefer="fastest")`',
          "fastest+capture": '`capture(prefer="fastest")`',
          "capture": "`capture`", "compile": "torch.compile", "flag_gems": "flag_gems",
          "liger_kernel": "liger_kernel"}
