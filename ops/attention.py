@@ -733,7 +733,8 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
     ``out_strides`` and ``lse_strides`` are over [B, H, M]. ``lse_rows``: rows of lse in memory, padding included.
     """
     _, _, m, n, d, value_d = a.sizes
-    check_measured("attention", call.target, m=m, n=n, d=d, itemsize=a.q.meta.dtype.itemsize, backward=False)
+    check_measured("attention", call.target, m=m, n=n, d=d, itemsize=a.q.meta.dtype.itemsize, biased=a.bias is not None,
+                   backward=False)
     moved = sum(meta.numel for meta in a.metas.values()) + a.q.meta.numel // d * value_d
     pairs = a.q.meta.numel // d * n // (2 if a.causal else 1)
     flops = 2 * pairs * (d + value_d)
@@ -791,7 +792,8 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
     ``steps`` are the strides of the three gradients over [B, H, M].
     """
     batch, heads, m, n, d, value_d = a.sizes
-    check_measured("attention", call.target, m=m, n=n, d=d, itemsize=a.q.meta.dtype.itemsize, backward=True)
+    check_measured("attention", call.target, m=m, n=n, d=d, itemsize=a.q.meta.dtype.itemsize, biased=a.bias is not None,
+                   backward=True)
     out, grad = _operand(call, "out", rows_first), _operand(call, grad_name, rows_first)
     for operand in (out, grad):
         if operand.meta.stride[3] != 1 and value_d > 1:

@@ -298,18 +298,62 @@ def test_reasons(reason: str, options: dict[str, float], device: str) -> None:
     assert made.kind == "pass" and reason in str(made.reason)
 
 
-def test_the_backward_is_left_to_cudnn_where_it_takes_fewer_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemsmode.ops import measured
-    from gemsmode.plan import Decline
+SERVED_ON_AN_H200 = {
+    "a bias": {"biased": True}, "one query": {"m": 1}, "64 queries": {"m": 64}, "float32": {"itemsize": 4},
+    "the gradients of float32": {"itemsize": 4, "backward": True},
+}
+
+
+@pytest.mark.parametrize("what", ["forward", "backward", *SERVED_ON_AN_H200])
+def test_what_is_left_to_cudnn_on_an_h200(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions of plans, by the table of what was measured; elsewhere, and if asked to, all of it is served."""
+    from gemsmode.ops import attention
+    from gemsmode.plan import Decline, contiguous_strides
+    from gemsmode.registry import find_op
+    from gemsmode.signature import Call, TensorMeta
     from gemsmode.target import Target
 
     monkeypatch.delenv("GEMSMODE_SLOWER")
-    facts = {"m": 2048, "n": 2048, "d": 128, "itemsize": 2}
+    facts = {"m": 2048, "biased": False, "itemsize": 2, "backward": what == "backward"} | SERVED_ON_AN_H200.get(what, {})
+    dtype = torch.bfloat16 if facts["itemsize"] == 2 else torch.float32
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> TensorMeta:
+        return TensorMeta(dtype, shape, contiguous_strides(shape), torch.device("cuda", 0))
+
+    m = facts["m"]
+    q, k, bias = tensor(4, 32, m, 128), tensor(4, 32, 2048, 128), tensor(4, 32, m, 2048) if facts["biased"] else None
+    number = tensor(dtype=torch.int64)
+    if facts["backward"]:
+        op, planner = "aten._scaled_dot_product_cudnn_attention_backward.default", attention.cudnn_attention_backward
+        args = (q, q, k, k, q, tensor(4, 32, m, 1, dtype=torch.float32), number, number, bias, None, None, m, 2048, 0.0, False, None)
+    else:
+        op, planner = "aten._scaled_dot_product_cudnn_attention.default", attention.cudnn_attention
+        args = (q, k, k, bias, False, 0.0, False, False, None)
+
+    def launches(arch: int) -> int:
+        return len(planner(Call(find_op(op), args, Target("cuda", "cuda", arch, present=False))).launches)
+
+    if what in SERVED_ON_AN_H200:
+        assert launches(90) >= 1
+    else:
+        with pytest.raises(Decline, match=r"PyTorch's own is faster for attention.*0\.\d\dx.*on an H200|on an H200 0\.66x"):
+            launches(90)
+    assert launches(80) >= 1
+    monkeypatch.setenv("GEMSMODE_SLOWER", "serve")
+    assert launches(90) >= 1
+
+
+def test_blocks_on_an_h200() -> None:
+    """Those that were the fastest there."""
+    from gemsmode.ops.attention import Blocks, choose_blocks
+    from gemsmode.target import Target
+
     gpu = Target("cuda", "cuda", 90, present=False)
-    with pytest.raises(Decline, match="seven matrix products"):
-        measured.check_measured("attention", gpu, backward=True, **facts)
-    measured.check_measured("attention", gpu, backward=False, **facts)
-    measured.check_measured("attention", Target("cuda", "cuda", 80, present=False), backward=True, **facts)
+    assert choose_blocks("forward", 128, 1, 2, False, False, gpu) == Blocks(16, 128, 4, 2)
+    assert choose_blocks("forward", 128, 4, 2, False, False, gpu) == Blocks(16, 64, 4, 3)  # the four heads of a group
+    assert choose_blocks("forward", 64, 512, 2, True, True, gpu) == Blocks(64, 64, 4, 2)
+    assert choose_blocks("forward", 64, 1024, 2, False, False, gpu) == Blocks(128, 64, 8, 3)
+    assert choose_blocks("forward", 128, 4096, 2, True, False, gpu) == Blocks(128, 64, 8, 3)
 
 
 # -- a model -----------------------------------------------------------------------------------------------------------
