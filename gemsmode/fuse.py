@@ -53,7 +53,7 @@ from gemsmode.ops.pointwise import MAX_DIMS, choose_flat, choose_tile, convert, 
 from gemsmode.ops.reduction import reduce_kernel, tree
 from gemsmode.plan import Alloc, Arg, Launch, Num, Out, Plan, Size, extent, specs, stride
 from gemsmode.signature import TensorMeta, describe, make_functions
-from gemsmode.target import Target
+from gemsmode.target import Target, current
 
 log = logging.getLogger("gemsmode")
 
@@ -120,7 +120,9 @@ class _Recipe:
         self.handler, self.device = handler, device
         device_type = handler.policy.target.device_type
         self.empty = _empty_for(device_type)
-        self.stream = _current_stream if device_type == "cuda" and _current_stream is not None else _no_stream
+        self.stream = _no_stream
+        if device_type == "cuda" and _current_stream is not None:
+            self.stream = _current_stream if torch.cuda.device_count() == 1 else _stream_here
         step = plan.launches[0]
         self.launch = step
         constants = dict(step.constants)
@@ -290,8 +292,8 @@ def _deferrable(op: OpOverload, plan: Plan | None) -> bool:
 
 # -- groups of calls that wait -----------------------------------------------------------------------------------------
 
-_lock = threading.RLock()
-"""Guards all that follows."""
+_lock = launch_module.interpreter_lock if current().interpreted else threading.RLock()
+"""Guards all that follows. Where kernels are interpreted it is their lock: whoever holds one of two would wait for the other."""
 
 
 class _Value:
@@ -555,11 +557,16 @@ def _warn_once(group: _Group, error: Exception) -> None:
         log.warning("fuse: %s run call by call, as their kernel failed: %s: %s", names, type(error).__name__, error)
 
 
+def _stream(number: int, device: int) -> Any:
+    """The stream of that number; 0 is the default one, for which there is no other way."""
+    return torch.cuda.ExternalStream(number, device=device) if number else torch.cuda.default_stream(device)
+
+
 def _wait_for(stream: int, device: int) -> None:
     """What this thread does next on its stream comes after what was just run on ``stream``."""
-    current = torch.cuda.current_stream(device)
-    if current.cuda_stream != stream and not torch.cuda.is_current_stream_capturing():
-        current.wait_stream(torch.cuda.ExternalStream(stream, device=device) if stream else torch.cuda.default_stream(device))
+    here = torch.cuda.current_stream(device)
+    if here.cuda_stream != stream and not torch.cuda.is_current_stream_capturing():
+        here.wait_stream(_stream(stream, device))
 
 
 def flush_all() -> None:
@@ -602,6 +609,17 @@ _identify = threading.get_ident
 
 def _no_stream(device: int) -> int:
     return 0
+
+
+def _stream_here(device: int) -> int:
+    """The current stream of ``device``.
+
+    Raises:
+        RuntimeError: another device is current, on which memory would be allocated.
+    """
+    if torch._C._cuda_getDevice() != device:
+        raise RuntimeError("another device is current")
+    return _current_stream(device)  # type: ignore[misc]
 
 
 def _empty_for(device_type: str) -> Callable[..., torch.Tensor]:
@@ -673,9 +691,14 @@ def _deferring(handler: OpHandler) -> Callable[..., Any]:
     writes = handler.op._schema.is_mutable
 
     def ordinary(*args: Any) -> Any:
-        if _groups:
-            _touch_all(args, writes)
-        return _ordinary(handler, args)
+        if not _groups:
+            return _ordinary(handler, args)
+        _touch_all(args, writes)
+        _inside.depth += 1
+        try:
+            return _ordinary(handler, args)
+        finally:
+            _inside.depth -= 1
 
     def miss(args: tuple[Any, ...], key: tuple | None) -> Callable[..., Any]:
         if key is None or _exotic(args):
@@ -710,6 +733,8 @@ def _deferring(handler: OpHandler) -> Callable[..., Any]:
 def _recipe_for(handler: OpHandler, args: tuple[Any, ...]) -> _Recipe | None:
     metas = tuple([describe(a) for a in args])
     try:
+        if handler.policy.target.device_type not in ("cuda", "cpu"):
+            return None  # what streams of others are is not known here
         decided = handler.decide(metas, bind=False)
         if decided.decision.kind != "rule" or decided.plan is None or not _deferrable(handler.op, decided.plan):
             return None
@@ -834,15 +859,14 @@ def _compiled(spec: launch_module.Spec, step: Launch, at: Sequence[int], group: 
     target, device = group.target, group.device
     compiled = launch_module.compile(spec, target, device)
     found = launch_module.entry(compiled, spec)
-    module = getattr(torch, target.device_type)
 
     def public(group: _Group, held: list[Any]) -> None:
         outs = [group.values[i].pointer for i in at]
         arguments = tuple([_resolved(a, [s.pointer for s in group.slots], outs, group.numbers) for a in step.args])
-        with module.device(device), module.stream(module.ExternalStream(group.stream, device=device)):
+        with torch.cuda.device(device), torch.cuda.stream(_stream(group.stream, device)):
             launch_module.public_launch(compiled, spec, step.grid, arguments)
 
-    if found is None or found.scratch or target.device_type != "cuda":
+    if found is None or found.scratch:
         return public
     if found.nested:
         runtime, _ = launch_module.split_parameters(spec.kernel)

@@ -618,7 +618,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device:
     monkeypatch.setattr(fuse, "_current_stream", found.stream)
     monkeypatch.setattr(fuse, "_programs", {})
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: found.device(0))
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: stream)
+    monkeypatch.setattr(fuse, "_stream", lambda number, device: number)
     assert found.policy.target is TARGET
     return found
 
@@ -644,6 +644,15 @@ def test_launches(gpu: FakeGpu, flushed: list[Flushed]) -> None:
     assert [f.calls for f in flushed] == [("add", "mul", "mean", "sub"), ("mul_",), ("neg", "add"), ("add", "exp")]
     assert all(f.fused for f in flushed)
     assert (len(gpu.launches), gpu.public) == ((0, 4) if gpu.convention == "public" else (4, 0))
+
+
+def test_another_current_device(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    call = Deferred(gpu)
+    gpu.current_device = 1
+    with pytest.raises(RuntimeError, match="another device is current"):
+        call("aten.add.Tensor", normal(8), 1)
+    nothing_waits()
 
 
 def test_a_change_of_stream_ends_a_group(gpu: FakeGpu, flushed: list[Flushed], monkeypatch: pytest.MonkeyPatch) -> None:
