@@ -21,7 +21,7 @@ class Slower(NamedTuple):
     """A class of calls that is left to PyTorch.
 
     Attributes:
-        family: who asks: ``product`` or ``attention``.
+        family: who asks: ``product``, ``attention``, ``sort``, ``unique``, ``median`` (of all elements) or ``kthvalue``.
         capability: the compute capability where it holds, as :attr:`Target.arch` has it.
         what: the class in words.
         test: takes the call's facts.
@@ -47,12 +47,41 @@ def _ieee_product(*, kind: str, m: int, n: int, k: int, **_: Any) -> bool:
     return kind == "ieee" and min(m, n, k) >= 256
 
 
+def _long_sort(*, rows: int, n: int, itemsize: int, **_: Any) -> bool:
+    return n > 1024 and not (rows == 1 and itemsize == 8 and 2**15 < n <= 2**16)
+
+
+def _sort_of_1024(*, n: int, itemsize: int, **_: Any) -> bool:
+    return 512 < n <= 1024 and itemsize == 4
+
+
+def _long_unique(*, n: int, **_: Any) -> bool:
+    return n > 2**17
+
+
+def _long_median(*, n: int, **_: Any) -> bool:
+    return n >= 2**14
+
+
+def _one_selection(*, rows: int, n: int, **_: Any) -> bool:
+    return rows == 1 and 2**11 < n < 2**15
+
+
 SLOWER: tuple[Slower, ...] = (
     Slower("product", 90, "large float32 products without TF32", _ieee_product, "0.83x at 2048x2048x2048 on an H200"),
     Slower("attention", 90, "attention's backward in 16-bit floats", _attention_backward,
            "seven matrix products without atomics where cuDNN needs five; 0.55x, causal, 4x32x2048x128 on an H200"),
     Slower("attention", 90, "attention of more than 64 queries in 16-bit floats without a bias", _attention_forward,
            "on an H200 0.66x causal, 4x32x4096x128, 0.74x with groups of 4 heads, 2x32x8192x128, and 0.88x without a mask, 16x16x1024x64"),
+    Slower("sort", 90, "sorts of rows of more than 1024 elements", _long_sort,
+           "on an H200 0.65x at 4096x2048, 0.87x at 1024x8192, 0.56x at 256x32768 and 0.36x for 2^20 elements, float32; "
+           "0.20x to 0.93x for all sizes and dtypes but 65536 int64, 1.25x"),
+    Slower("sort", 90, "sorts of rows of 513 to 1024 elements of 4 bytes", _sort_of_1024, "0.89x at 8192x1024 float32 on an H200"),
+    Slower("unique", 90, "unique elements among more than 131072", _long_unique,
+           "0.83x for 262144 and 0.43x for 2^20 int64, with inverse and counts, on an H200"),
+    Slower("median", 90, "the median of 16384 elements or more", _long_median, "0.79x for 16384 and 0.36x for 2^20 float32 on an H200"),
+    Slower("kthvalue", 90, "the k-th smallest of one row of 2049 to 32767 elements", _one_selection,
+           "0.49x for 16384 float32 on an H200, where 65536 take 1.35x"),
 )
 
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.ops import sort
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.pointwise import power_of_2
 from gemsmode.ops.promotion import ALL, NUMERIC
 from gemsmode.ops.reduction import canonical_dims, offset_of, reduced_shape
@@ -240,6 +241,7 @@ def _select(call: Call, dim: int | None, keepdim: bool, k: int, median: str | No
     if dim is None:
         if meta.numel == 0:
             raise Decline("no elements")
+        check_measured("median", call.target, n=meta.numel)
         allocs.append(Alloc((), (), meta.dtype))
         source, launches = flattened(call, 0, allocs)
         rows = flat_rows(meta)
@@ -251,6 +253,8 @@ def _select(call: Call, dim: int | None, keepdim: bool, k: int, median: str | No
             raise Decline("PyTorch rejects it: rows without elements")
         if not 0 <= k < n:
             raise Decline("PyTorch rejects it: k is not in the range of the dimension")
+        if median is None:
+            check_measured("kthvalue", call.target, rows=meta.numel // n, n=n)
         shape = reduced_shape(meta.shape, dims, keepdim)
         kept = reduced_shape(meta.shape, dims, True)
         allocs += [Alloc(shape, contiguous_strides(shape), meta.dtype), Alloc(shape, contiguous_strides(shape), torch.int64)]

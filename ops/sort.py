@@ -30,6 +30,7 @@ import triton.language as tl
 
 from gemsmode.ops.copy import same
 from gemsmode.ops.layout import preserved_strides
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.pointwise import Operand, build, power_of_2
 from gemsmode.ops.promotion import ALL
 from gemsmode.ops.reduction import INTERPRETED, canonical_dims, merge_dims, offset_of
@@ -694,6 +695,11 @@ def smallest_plan(call: Call, dim: int, descending: bool, k: int | None, preserv
 @planned(["aten.sort.default", "aten.sort.stable"], dtype(*ALL, arg="self"), family="sorting", kernel=network_kernel)
 def sort(call: Call) -> Plan:
     """``values, indices`` of the shape and strides of self; equals keep their order, asked for or not."""
+    meta = call.args[0]
+    dims = canonical_dims(call["dim"], meta.ndim)
+    n = meta.shape[dims[0]] if dims else 1
+    if meta.numel:
+        check_measured("sort", call.target, rows=meta.numel // n, n=n, itemsize=meta.dtype.itemsize)
     return smallest_plan(call, call["dim"], call["descending"], None, True)
 
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.pointwise import power_of_2
 from gemsmode.ops.promotion import ALL
 from gemsmode.ops.reduction import canonical_dims
@@ -182,12 +183,14 @@ def _asked(call: Call, result: bool) -> bool:
 @planned(["aten._unique2.default"], _NUMBERS, family="sorting", kernel=write_kernel)
 def unique2(call: Call) -> Plan:
     """self, sorted, return_inverse, return_counts: the unique elements are sorted, asked for or not."""
+    check_measured("unique", call.target, n=call.args[0].numel)
     return _unique(call, True, call.args[2], call.args[3], call.args[0].shape)
 
 
 @planned(["aten._unique.default"], _NUMBERS, family="sorting", kernel=write_kernel)
 def unique(call: Call) -> Plan:
     """self, sorted, return_inverse."""
+    check_measured("unique", call.target, n=call.args[0].numel)
     return _unique(call, True, call.args[2], None, call.args[0].shape)
 
 

@@ -31,6 +31,12 @@ A = torch.ops.aten
 
 
 @pytest.fixture(autouse=True)
+def every_class_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is left to PyTorch for its speed."""
+    monkeypatch.setenv("GEMSMODE_SLOWER", "serve")
+
+
+@pytest.fixture(autouse=True)
 def on_device(device: str) -> Iterator[None]:
     torch.set_default_device(device)
     yield
@@ -339,6 +345,27 @@ def test_schemes_on_a_gpu() -> None:
     many = search.choose_counting(1 << 24, 5000, False, GPU)
     assert few.in_registers and few.copies == few.programs <= 4 * GPU.multiprocessors
     assert not many.in_registers and many.copies * 5000 <= 1 << 19
+
+
+def test_what_was_measured_to_be_slower_is_left_to_pytorch_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GEMSMODE_SLOWER")
+
+    def declined(name: str, shape: tuple[int, ...], d: torch.dtype, *args: Any) -> bool:
+        decision = Policy(registry.default, target=GPU).handler(find_op(name)).decide((on_gpu(shape, d), *args), bind=False).decision
+        assert decision.kind == "rule" or "on an H200" in (decision.reason or "")
+        return decision.kind == "pass"
+
+    f32, i64 = torch.float32, torch.int64
+    for name, args in (("aten._unique2.default", (True, True, True)), ("aten._unique.default", (True, True))):
+        assert declined(name, (512, 512), i64, *args) and not declined(name, (1 << 17,), i64, *args)
+    assert not declined("aten.unique_consecutive.default", (1 << 20,), i64, True, True, None)
+    for name in ("aten.median.default", "aten.nanmedian.default"):
+        assert declined(name, (128, 128), f32) and not declined(name, (100, 100), f32)
+    assert not declined("aten.median.dim", (1024, 8192), f32, 1, False)
+    assert declined("aten.kthvalue.default", (1 << 14,), f32, 5, 0, False)
+    for shape in ((1 << 16,), (2048,), (1024, 8192)):
+        assert not declined("aten.kthvalue.default", shape, f32, 5, -1, False)
+    assert not declined("aten.mode.default", (1, 8192), f32, 1, False)
 
 
 def gpu_calls(full: bool) -> list[tuple[str, tuple[Any, ...]]]:

@@ -35,6 +35,12 @@ GPU = Target("cuda", "cuda", 90, present=False)
 
 
 @pytest.fixture(autouse=True)
+def every_class_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is left to PyTorch for its speed."""
+    monkeypatch.setenv("GEMSMODE_SLOWER", "serve")
+
+
+@pytest.fixture(autouse=True)
 def on_device(device: str) -> Iterator[None]:
     torch.set_default_device(device)
     yield
@@ -291,6 +297,27 @@ def test_schemes_on_a_gpu() -> None:
     wide = plan_on_gpu("aten.sort.default", on_gpu((1, 1 << 17), torch.float16), 1, False)
     assert wide.allocs[2].dtype == torch.uint64  # 16 bits of key and 17 of index
     assert plan_on_gpu("aten.sort.default", on_gpu((1, 1 << 16), torch.float16), 1, False).allocs[2].dtype == torch.uint32
+
+
+def test_what_was_measured_to_be_slower_is_left_to_pytorch_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GEMSMODE_SLOWER")
+
+    def reason(shape: tuple[int, ...], d: torch.dtype, arch: int = 90, dim: int = -1) -> str:
+        target = Target("cuda", "cuda", arch, present=False)
+        decision = Policy(registry.default, target=target).handler(find_op("aten.sort.default")).decide(
+            (on_gpu(shape, d), dim, False), bind=False).decision
+        assert decision.kind == ("pass" if decision.reason else "rule")
+        return decision.reason or ""
+
+    f32, i64 = torch.float32, torch.int64
+    assert "0.65x at 4096x2048" in reason((4096, 2048), f32) and "0.89x at 8192x1024" in reason((8192, 1024), f32)
+    assert reason((1, 1 << 20), i64) and reason((2048, 3), f32, dim=0) and reason((1 << 18,), torch.float64)
+    for shape, d in (((16384, 512), f32), ((8192, 1024), i64), ((8192, 1024), torch.bfloat16), ((1, 1 << 16), i64), ((), f32),
+                     ((0, 4096), f32)):
+        assert not reason(shape, d)
+    assert not reason((4096, 2048), f32, arch=80)
+    monkeypatch.setenv("GEMSMODE_SLOWER", "serve")
+    assert not reason((4096, 2048), f32)
 
 
 def gpu_calls(full: bool) -> list[tuple[str, tuple[Any, ...]]]:
