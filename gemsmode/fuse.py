@@ -503,10 +503,12 @@ class _Group:
                     held.append(self.slots[value.slot].storage)
             self._leave_readers()
             live = tuple([storage is not None for storage in held])
-            if True in live:
-                self._run(held, live)
-            # Values and their group refer to each other: what the group holds must not wait for the garbage collector.
-            self.values, self.slots, self.steps = [], [], []
+            try:
+                if True in live:
+                    self._run(held, live)
+            finally:
+                # Values and their group refer to each other: what the group holds must not wait for the garbage collector.
+                self.values, self.slots, self.steps = [], [], []
 
     def _run(self, held: list[Any], live: tuple[bool, ...]) -> None:
         bits = 0
@@ -570,11 +572,22 @@ def _wait_for(stream: int, device: int) -> None:
 
 
 def flush_all() -> None:
-    """Run all that waits, of every thread."""
-    if _groups:
-        with _lock:
-            for group in list(_groups.values()):
+    """Run all that waits, of every thread.
+
+    Raises:
+        Whatever a group raises that fails call by call, too (out of memory, say), once all others were run.
+    """
+    if not _groups:
+        return
+    first: Exception | None = None
+    with _lock:
+        for group in list(_groups.values()):
+            try:
                 group.flush()
+            except Exception as error:
+                first = first or error
+    if first is not None:
+        raise first
 
 
 def _touch(tensor: torch.Tensor, written: bool = True) -> None:
@@ -1298,6 +1311,8 @@ def enter() -> None:
 
 
 def leave() -> None:
-    """A block with ``fuse=True`` ends, or gives way to another mode's."""
-    flush_all()
-    _watch.end()
+    """A block with ``fuse=True`` has ended."""
+    try:
+        flush_all()
+    finally:
+        _watch.end()

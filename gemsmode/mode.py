@@ -323,8 +323,6 @@ class GemsMode(TorchDispatchMode):
         if i is None:
             raise RuntimeError("this thread has not entered the GemsMode that it leaves")
         outer = blocks.pop(i).outer
-        if self._fuse is not None:
-            self._fuse.leave()
         if self.recorder is not None:
             self.recorder.leave(exc_value)
         if self._chooser is not None:
@@ -338,6 +336,8 @@ class GemsMode(TorchDispatchMode):
         _push_on_torch_dispatch_stack(self)
         super().__exit__(exc_type, exc_value, traceback)
         _put_at_bottom(outer)
+        if self._fuse is not None:
+            self._fuse.leave()
 
     def __call__(self, function: F) -> F:
         """Use the mode as a decorator: ``function`` runs under it.

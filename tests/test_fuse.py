@@ -474,6 +474,29 @@ def test_a_kernel_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch, flus
     assert any(len(f.calls) > 3 and not f.fused for f in flushed)
 
 
+def test_a_call_that_cannot_be_run_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is raised at the end of the block, which ends all the same, and the other groups are run."""
+    def fails(*args: Any) -> None:
+        raise MemoryError("no memory")
+
+    x = normal(4, 4)
+    kept = []
+
+    def block() -> None:
+        with GemsMode(fuse=True):
+            kept.append(x.exp() + 3)
+            kept.append(x[0] * 2)
+            first = next(iter(fuse._groups.values()))
+            monkeypatch.setattr(fuse, "_programs", {(tuple(first.steps), (False, True), True): fails})
+            monkeypatch.setattr(fuse, "_one_by_one", fails)
+
+    with pytest.raises(MemoryError):
+        block()
+    assert torch.equal(kept[1], x[0] * 2)
+    assert not stack()
+    nothing_waits()
+
+
 def test_groups_are_bounded() -> None:
     x, others = normal(4, 4), [normal(4, 4, seed=s) for s in range(2 * fuse.MAX_ROOM)]
     with GemsMode(fuse=True):
