@@ -28,7 +28,6 @@ A group that cannot be generated or compiled is run call by call, in order, by t
 from __future__ import annotations
 
 import functools
-import itertools
 import linecache
 import logging
 import sys
@@ -53,7 +52,7 @@ from gemsmode.ops.pointwise import MAX_DIMS, choose_flat, choose_tile, convert, 
 from gemsmode.ops.reduction import reduce_kernel, tree
 from gemsmode.plan import Alloc, Arg, Launch, Num, Out, Plan, Size, extent, specs, stride
 from gemsmode.signature import TensorMeta, describe, make_functions
-from gemsmode.target import Target, current
+from gemsmode.target import current
 
 log = logging.getLogger("gemsmode")
 
@@ -93,7 +92,6 @@ class _Recipe:
     """A call that can be deferred.
 
     Attributes:
-        number: its own.
         handler: the op's.
         device: the index of the device that it runs on.
         shape: what it runs over: the result's shape, the input's of a reduction.
@@ -114,11 +112,12 @@ class _Recipe:
     """
 
     __slots__ = ("device", "empty", "function", "handler", "inplace", "kinds", "launch", "numbers", "operands", "reduces", "reduction",
-                 "result", "result_meta", "shape", "sizes", "stream", "template", "tensors")
+                 "result", "result_meta", "shape", "sizes", "stream", "target", "template", "tensors")
 
     def __init__(self, handler: OpHandler, plan: Plan, args: Sequence[Any], device: int) -> None:
         self.handler, self.device = handler, device
-        device_type = handler.policy.target.device_type
+        self.target = handler.policy.target
+        device_type = self.target.device_type
         self.empty = _empty_for(device_type)
         self.stream = _no_stream
         if device_type == "cuda" and _current_stream is not None:
@@ -250,7 +249,6 @@ class _Recipe:
         return self.handler.op._schema.name.partition("::")[2]
 
 
-_numbers = itertools.count()
 _DTYPE_NAMES = {getattr(tl, n): f"tl.{n}" for n in ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8",
                                                     "uint16", "uint32", "uint64", "int1")}
 
@@ -387,7 +385,7 @@ _pending: dict[int, _Value] = {}
 _readers: dict[int, list[_Group]] = {}
 """By the address of its storage, the groups that are still to read a tensor."""
 
-_groups: dict[int, _Group] = {}
+_groups: dict[_Group, None] = {}
 """All groups that wait, oldest first."""
 
 
@@ -400,27 +398,22 @@ class _Group:
         done: whether it was run.
     """
 
-    __slots__ = ("by_rows", "device", "done", "number", "numbers", "room", "shape", "slot_at", "slots", "steps", "stream", "target",
+    __slots__ = ("by_rows", "device", "done", "numbers", "room", "shape", "slot_at", "slots", "steps", "stream", "target",
                  "thread", "values")
 
     def __init__(self, recipe: _Recipe, stream: int, thread: int) -> None:
-        self.number = next(_numbers)
-        self.stream, self.thread, self.device = stream, thread, recipe.device
-        self.target: Target = recipe.handler.policy.target
-        self.shape = recipe.shape
-        self.by_rows = recipe.reduces
-        self.done = False
-        self.room = MAX_ROOM
+        self.stream, self.thread, self.device, self.target = stream, thread, recipe.device, recipe.target
+        self.shape, self.by_rows, self.done, self.room = recipe.shape, recipe.reduces, False, MAX_ROOM
         self.steps: list[_Step] = []
         self.values: list[_Value] = []
         self.slots: list[_Slot] = []
         self.slot_at: dict[tuple[int, int], int] = {}
         self.numbers: list[float | int] = []
         if len(_groups) >= MAX_GROUPS:
-            next(iter(_groups.values())).flush()
+            next(iter(_groups)).flush()
         if not _watch.knows_inductor:
             _watch.look_for_inductor()
-        _groups[self.number] = self
+        _groups[self] = None
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -461,7 +454,7 @@ class _Group:
         self.by_rows = self.by_rows or other.by_rows
         self.room -= MAX_ROOM - other.room
         other.done = True
-        del _groups[other.number]
+        del _groups[other]
         other._leave_readers()
         other.values, other.slots = [], []
 
@@ -488,7 +481,7 @@ class _Group:
             if self.done:
                 return
             self.done = True
-            del _groups[self.number]
+            del _groups[self]
             held: list[Any] = []
             for value in self.values:
                 if not value.is_last:
@@ -517,7 +510,6 @@ class _Group:
         aligned = not bits & 15
         key = (tuple(self.steps), live, aligned)
         fused = True
-        _inside.depth += 1
         try:
             program = _programs.get(key)
             if program is None:
@@ -530,8 +522,6 @@ class _Group:
             _warn_once(self, error)
             _programs[key] = _one_by_one
             _one_by_one(self, held)
-        finally:
-            _inside.depth -= 1
         if counts is not None:
             counts.append(Flushed(tuple([recipe.name for recipe, _, _ in self.steps]), sum(live), fused))
         if self.target.device_type == "cuda" and self.thread != _identify():
@@ -581,7 +571,7 @@ def flush_all() -> None:
         return
     first: Exception | None = None
     with _lock:
-        for group in list(_groups.values()):
+        for group in list(_groups):
             try:
                 group.flush()
             except Exception as error:
@@ -768,9 +758,13 @@ _MAX_PROGRAMS = 2048
 
 @contextmanager
 def _below_the_mode() -> Iterator[None]:
-    """Ops called here are PyTorch's own, seen neither by modes nor by autograd."""
-    with torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
-        yield
+    """Ops called here are PyTorch's own, seen neither by modes nor by autograd, and pointers are asked for to run a group."""
+    _inside.depth += 1
+    try:
+        with torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
+            yield
+    finally:
+        _inside.depth -= 1
 
 
 def _tensor(storage: Any, pointer: int, meta: TensorMeta) -> torch.Tensor:

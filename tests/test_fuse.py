@@ -486,7 +486,7 @@ def test_a_call_that_cannot_be_run_at_all(monkeypatch: pytest.MonkeyPatch) -> No
         with GemsMode(fuse=True):
             kept.append(x.exp() + 3)
             kept.append(x[0] * 2)
-            first = next(iter(fuse._groups.values()))
+            first = next(iter(fuse._groups))
             monkeypatch.setattr(fuse, "_programs", {(tuple(first.steps), (False, True), True): fails})
             monkeypatch.setattr(fuse, "_one_by_one", fails)
 
@@ -687,7 +687,7 @@ def test_a_change_of_stream_ends_a_group(gpu: FakeGpu, flushed: list[Flushed], m
     monkeypatch.setattr(fuse, "_current_stream", lambda device: 9000)
     b = call("aten.mul.Tensor", a, 2)
     assert [f.calls for f in flushed] == [("add",)]
-    (group,) = fuse._groups.values()
+    (group,) = fuse._groups
     assert group.stream == 9000
     group.stream = 7000  # the only one that the fake GPU has
     fuse.flush_all()
