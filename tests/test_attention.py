@@ -215,7 +215,8 @@ def test_cudnn_and_efficient_ops(name: str, mask: str, reading: bool, device: st
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("size", [(2, 4, 2, 40, 48, 16), (1, 2, 1, 1, 600, 24), (1, 1, 1, 150, 130, 64)], ids=str)
+@pytest.mark.parametrize("size", [(2, 4, 2, 40, 48, 16), (1, 2, 1, 1, 600, 24), (1, 2, 2, 1, 300, 128), (1, 1, 1, 150, 130, 64),
+                                  (1, 2, 1, 130, 150, 128)], ids=str)
 def test_flash_ops(size: tuple[int, ...], causal: bool, reading: bool, device: str) -> None:
     """The causal mask is aligned to the last query and key; what is [B, M, H, D] gives the same."""
     if reading and (size[-1] != 64 or device == "cuda"):
