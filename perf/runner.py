@@ -48,9 +48,6 @@ PROVIDERS = ("eager", "gemsmode", "fastest", "fuse", *OF_MODELS, "compile", "fla
 """Who may run a case; ``fastest`` is ``GemsMode(prefer="fastest")`` and ``fuse`` is ``GemsMode(fuse=True)``; of whole models ``patch``
 is ``gemsmode.patch`` under the mode and ``capture`` is ``gemsmode.capture``; ``compile`` is ``torch.compile``."""
 
-OF_MODELS = ("patch", "capture", "fastest+capture", "patch+capture")
-"""Providers that run whole models only."""
-
 Row = dict[str, Any]
 
 
@@ -370,7 +367,7 @@ class Runner:
         if name in ("eager", "compile"):
             return contextlib.nullcontext
         if name in OF_MODELS:
-            if name.endswith("capture") and self.device.type != "cuda":
+            if "capture" in name.split("+") and self.device.type != "cuda":
                 raise RuntimeError("no GPU to capture graphs on")
             return contextlib.nullcontext
         if name == "gemsmode":
