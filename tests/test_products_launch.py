@@ -18,7 +18,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device:
     return FakeGpu(monkeypatch, request.param)
 
 
-def test_attention(gpu: FakeGpu) -> None:
+def test_attention(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMSMODE_SLOWER", "serve")
     k = torch.randn(1, 2, 600, 32).bfloat16()
     for queries, causal in ((100, True), (1, False)):
         q = torch.randn(1, 2, queries, 32).bfloat16()
