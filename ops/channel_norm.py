@@ -259,7 +259,8 @@ class ChannelTile:
 
 
 _WARPS = ((2048, 4), (8192, 8), (16384, 16), (1 << 30, 32))
-_GROUP_STEP = 2048  # elements of a step of group norm: 8 a thread, so that four programs share a multiprocessor
+_GROUP_STEP = 8192  # elements of a step of group norm: 32 a thread
+_SPLIT_STEP = 2048  # the same where programs share a group: 8 a thread, so that four programs share a multiprocessor
 _STEP = 4096  # elements of a step where a group takes several: 16 a thread, each with three running values
 
 
@@ -349,7 +350,8 @@ def group_norm(call: Call) -> Plan:
     sizes = (Size(groups), channels, spatial, *strides)
     constants = (("ACC", TRITON[acc]), ("WIDE", is_wide(x)))
     whole = _group_whole(channels, spatial, acc.itemsize, target)
-    tile = whole or choose_channels(channels, spatial, strides[1] == 1 and spatial > 1, _GROUP_STEP, acc.itemsize, target, 256)
+    step = _GROUP_STEP if _splits(units, 2, target) == 1 else _SPLIT_STEP
+    tile = whole or choose_channels(channels, spatial, strides[1] == 1 and spatial > 1, step, acc.itemsize, target, step // 8)
     blocks = (("BLOCK_C", tile.channels), ("BLOCK_S", tile.spots))
     tiles = -(-channels // tile.channels) * -(-spatial // tile.spots)
     splits = 1 if whole else _splits(units, tiles, target)

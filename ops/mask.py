@@ -147,11 +147,11 @@ def tile_of(n: int, target: Target) -> tuple[int, int]:
     return tile, max(tile // (16 * target.warp_size), 1)
 
 
-_STEP = 4  # elements a thread that are placed together
+_STEP = 4  # elements a thread that are placed together: few, for many programs to share a multiprocessor
 
 
 def step_of(tile: int, warps: int, target: Target) -> int:
-    """Elements of a tile that are placed together: few a thread, for many programs to share a multiprocessor."""
+    """Elements of a tile that are placed together."""
     return tile if target.interpreted else warps * target.warp_size * _STEP
 
 
@@ -329,8 +329,10 @@ def masked_scatter(call: Call) -> Plan:
         allocs, launches = (*allocs, *copies), (*launches, *copying)
         refs.append(ref)
     scan = counted(call, refs[1], n, len(allocs), Out(1))
+    # What is false is written too, in loads and stores of 16 bytes: the tile is placed at once.
+    wide, _, block = scan.constants
     writing = Launch(fill_kernel, scan.grid, (Out(0), *refs, Out(scan.start), extent(n), Size(source.numel)),
-                     scan.constants, scan.warps, asserts=True)
+                     Constants((wide, ("STEP", block[1]), block)), scan.warps, asserts=True)
     return Plan((*allocs, *scan.allocs), (*launches, *scan.launches, writing), Out(0), metas, bytes=n * (1 + 2 * x.dtype.itemsize))
 
 

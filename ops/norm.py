@@ -28,7 +28,7 @@ LeVeque (1979) for the combination.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -411,6 +411,8 @@ _WARPS_BACKWARD = ((2048, 4), (4096, 8), (1 << 30, 16))
 _WARPS_A_MULTIPROCESSOR = 16
 _RUN = 4  # blocks of rows that a program takes at most, where there are more than the device holds
 _WARPS_FORWARD = ((2048, 4), (4096, 8), (16384, 16), (1 << 30, 32))  # 16 elements a thread, of two blocks of rows at once
+_ALONE = 1024  # elements of a row that a program takes by itself
+_LIGHT = 4096  # elements of a row of which rms_norm is faster with a program of four warps for each
 
 
 def choose_runs(rows: Rows, itemsize: int, sums: bool, target: Target) -> Runs:
@@ -539,6 +541,8 @@ def plan_norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight
     more = [residual.stride] if residual is not None else []
     rows = split_rows(x.shape, range(axis, x.ndim), [y, x.stride, _expanded(w, x, axis), _expanded(b, x, axis), *more])
     tile = _whole_rows(choose_tile(rows, acc.itemsize, call.target), rows, acc.itemsize, call.target)
+    if rows.inner and tile.columns >= _ALONE and not tile.loops and not call.target.interpreted:
+        tile = replace(tile, rows=1)
     means = (Out(1),) if outs[1] is not None else ()
     rstds = (Out(1 + len(means)),) if outs[2] is not None else ()
     totals = (Out(len(allocs) - 1),) if total else ()
@@ -550,10 +554,15 @@ def plan_norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight
                  ("BLOCK_N", tile.columns))
     programs, width = -(-rows.n_rows // tile.rows), tile.warps
     if not tile.loops:
-        width = ladder(_WARPS_FORWARD, tile.rows * tile.columns * acc.itemsize // 4)
+        size = tile.rows * tile.columns * acc.itemsize // 4
+        width = ladder(_WARPS_FORWARD, size)
         # As many as the device holds, and more of long inputs: multiprocessors differ in how fast memory serves them.
-        wave = 2 if call.target.interpreted else max(call.target.multiprocessors * max(32 // width, 1), -(-programs // _RUN))
-        programs = min(programs, wave)
+        held = 2 if call.target.interpreted else call.target.multiprocessors * max(32 // width, 1)
+        if programs > held:
+            if rms and not skips and size == _LIGHT and not call.target.interpreted:
+                width = 4
+            else:
+                programs = held if call.target.interpreted else max(held, -(-programs // _RUN))
     step = Launch(norm_loop_kernel if tile.loops else norm_kernel, (programs, 1, 1), args, constants, warps(width, call.target))
     return Plan(tuple(allocs), (step,), returns, metas, bytes=(2 + len(skips) + total) * x.numel * x.dtype.itemsize, flops=x.numel * 8)
 

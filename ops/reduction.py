@@ -604,7 +604,8 @@ _MOST_SPLITS = 4096  # programs that share one result, at most
 _TILE_BYTES = _STEP_BYTES * _GROUP  # what a program without a loop takes, if the reduced dimension is the slower one
 _SHORTEST_STEP = 256  # elements of the fastest reduced dimension, if a step is not to cross it
 _LONGEST_ROW = 8192  # elements that a program takes without a loop
-_WARPS = ((1024, 2), (2048, 4), (1 << 30, 8))  # (elements of a tile at most, warps)
+_WARPS = ((1024, 2), (2048, 4), (4096, 8), (1 << 30, 16))  # (elements of a tile at most, warps)
+_FLAT_TILE = 16384  # elements that a program takes of a whole tensor, without a loop
 
 
 _STREAMED = 1 << 25  # bytes of input, of which a cache keeps too little for a second reader
@@ -638,8 +639,13 @@ def choose(nk: int, row: int, repeats: int, inner: bool, itemsize: int, states: 
     busy = 2 * target.multiprocessors
     # Every lane of a step keeps its blocks of state in registers.
     step = max(_STEP_BYTES // itemsize, 256)
+    if inner and states > 1:
+        step = min(step, max(_STEP_BYTES // 2 // itemsize, 1024))
     tile = max(_TILE_BYTES // itemsize // min(states, 2), 1024)
     group = 1
+    tiles = -(-row // _FLAT_TILE)
+    if nk == repeats == states == 1 and itemsize <= 4 and busy <= tiles <= _MOST_SPLITS:
+        return Schedule(1, _FLAT_TILE, tiles, 16)
     if inner:
         block_r = fitting if row <= _LONGEST_ROW // min(states, 2) else min(step, fitting)
         block_k = max(min(tile // 2 // block_r, power_of_2(nk)), 1)
@@ -657,17 +663,19 @@ def choose(nk: int, row: int, repeats: int, inner: bool, itemsize: int, states: 
         if -(-row // block_r) * repeats > 1:
             block_r = max(min(step // block_k, block_r), 1)
     steps = -(-row // block_r) * repeats
-    warps = _ladder(_WARPS, block_k * block_r)
+    warps = min(_ladder(_WARPS, block_k * block_r), 16 if inner else 8)
     if steps > 1:
         warps = min(max(block_k * block_r * itemsize // 512, 1), 8)
         group = min(_GROUP, power_of_2(steps))
     programs, groups = -(-nk // block_k), -(-steps // group)
     splits = 1
     if programs < busy and groups >= 8:
-        # At least 32 warps on each multiprocessor, and of long inputs several waves of programs: multiprocessors differ in how
-        # fast memory serves them, and with equal shares in one wave all would wait for the slowest.
-        wave = max(target.multiprocessors * (32 // warps) // programs, 1)
-        splits = min(groups, max(wave, min(groups // _SHARE, _MOST_SPLITS // min(block_k, 4))))
+        # At least 32 warps on each multiprocessor.
+        splits = min(groups, max(target.multiprocessors * (32 // warps) // programs, 1))
+        if inner:
+            # Of long rows several waves of programs: multiprocessors differ in how fast memory serves them, and with equal shares in
+            # one wave all would wait for the slowest. Columns are better read in one wave, from few places at once.
+            splits = min(groups, max(splits, min(groups // _SHARE, _MOST_SPLITS // min(block_k, 4))))
     return Schedule(block_k, block_r, splits, warps, group)
 
 

@@ -307,8 +307,8 @@ class Chain:
     block_s: int
 
 
-# 16 KB and 16 elements a thread, so that five programs or more share a multiprocessor: some wait while others load.
-CHAIN = Chain(4096, 8, 512)
+# 16 KB and 32 elements a thread, so that several programs share a multiprocessor: some wait while others load.
+CHAIN = Chain(4096, 4, 512)
 
 
 def choose(nk: int, n: int, inner: bool, itemsize: int, states: int, target: Target) -> Schedule:
