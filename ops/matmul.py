@@ -378,6 +378,7 @@ class Product(NamedTuple):
         scale: () or (alpha, beta).
         summed: add up the products of the batch.
         activation: a ``@triton.jit`` function of what is to be written.
+        alone: whether PyTorch's own does the same in one call.
     """
 
     sizes: tuple[int, int, int, int]
@@ -389,6 +390,7 @@ class Product(NamedTuple):
     scale: tuple[Any, ...] = ()
     summed: bool = False
     activation: Any = persistent.unchanged
+    alone: bool = True
 
 
 def plan_product(call: Call, product: Product) -> Plan:
@@ -404,7 +406,8 @@ def plan_product(call: Call, product: Product) -> Plan:
     accumulated = torch.float64 if a.meta.dtype == torch.float64 else torch.float32
     acc = TRITON[accumulated]
     wide = k >= 2**30 or count >= 2**31 or any(meta.extent >= 2**31 - 2**20 for meta in metas.values())
-    check_measured("product", call.target, m=m, n=n, k=k, batch=batch, kind=_kind(a.meta.dtype, call.target))
+    check_measured("product", call.target, m=m, n=n, k=k, batch=batch, kind=_kind(a.meta.dtype, call.target),
+                   alone=product.alone)
     tiled = _plan_tiles(call, product) if m > 1 and n > 1 else None
     if tiled is not None:
         return tiled
@@ -737,7 +740,7 @@ def _rows(meta: TensorMeta) -> tuple[int, int, int, int] | None:
     return batch, rows, s_batch, s_row
 
 
-def plan_linear(call: Call, activation: Any = persistent.unchanged) -> Plan:
+def plan_linear(call: Call, activation: Any = persistent.unchanged, alone: bool = False) -> Plan:
     """``activation(input [..., K] @ weight [N, K]^T + bias [N])`` of a call's first three arguments; the bias may be None."""
     x, w = _operands(call, 0, 1)
     _expect(x.ndim >= 1 and w.ndim in (1, 2) and x.shape[-1] == w.shape[-1], f"shapes {list(x.shape)} and {list(w.shape)} do not fit")
@@ -757,10 +760,11 @@ def plan_linear(call: Call, activation: Any = persistent.unchanged) -> Plan:
             raise Decline(f"a bias of shape {list(bias.shape)}")
         added = Matrix(Arg(2), bias, 0, 0, bias.stride[0])
     left, right = Matrix(Arg(0), x, s_batch, s_row, x.stride[-1]), Matrix(Arg(1), w, 0, w.stride[1], w.stride[0])
-    return plan_product(call, Product((batch, rows, n, k), left, right, (*x.shape[:-1], n), x.dtype, added, activation=activation))
+    return plan_product(call, Product((batch, rows, n, k), left, right, (*x.shape[:-1], n), x.dtype, added, activation=activation,
+                                      alone=alone))
 
 
 @planned("aten.linear.default", family="matmul", kernel=gemm_kernel, state=STATE)
 def linear(call: Call) -> Plan:
     """``input [..., K] @ weight [N, K]^T + bias [N]``, which reaches a mode under inference mode: the bias is added in the product."""
-    return plan_linear(call)
+    return plan_linear(call, alone=True)

@@ -21,7 +21,8 @@ class Slower(NamedTuple):
     """A class of calls that is left to PyTorch.
 
     Attributes:
-        family: who asks: ``product``, ``attention``, ``sort``, ``unique``, ``median`` (of all elements) or ``kthvalue``.
+        family: who asks: ``product``, ``attention``, ``sort``, ``unique``, ``median`` (of all elements), ``kthvalue`` or
+            ``upsample``.
         capability: the compute capability where it holds, as :attr:`Target.arch` has it.
         what: the class in words.
         test: takes the call's facts.
@@ -47,6 +48,14 @@ def _ieee_product(*, kind: str, m: int, n: int, k: int, **_: Any) -> bool:
     return kind == "ieee" and min(m, n, k) >= 256
 
 
+def _short_addmm(*, kind: str, m: int, n: int, k: int, batch: int, alone: bool, **_: Any) -> bool:
+    return kind == "half" and batch == 1 and alone and min(m, n) >= 1024 and 512 <= k <= 1024
+
+
+def _wide_window(*, taps: int, itemsize: int, **_: Any) -> bool:
+    return taps > 100 and itemsize == 4
+
+
 def _long_sort(*, rows: int, n: int, itemsize: int, **_: Any) -> bool:
     return n > 1024 and not (rows == 1 and itemsize == 8 and 2**15 < n <= 2**16)
 
@@ -69,6 +78,8 @@ def _one_selection(*, rows: int, n: int, **_: Any) -> bool:
 
 SLOWER: tuple[Slower, ...] = (
     Slower("product", 90, "large float32 products without TF32", _ieee_product, "0.83x at 2048x2048x2048 on an H200"),
+    Slower("product", 90, "large 16-bit products over 512 to 1024 elements", _short_addmm,
+           "0.93x for addmm 4096x3072x768 on an H200"),
     Slower("attention", 90, "attention's backward in 16-bit floats", _attention_backward,
            "seven matrix products without atomics where cuDNN needs five; 0.55x, causal, 4x32x2048x128 on an H200"),
     Slower("attention", 90, "attention of more than 64 queries in 16-bit floats without a bias", _attention_forward,
@@ -82,6 +93,8 @@ SLOWER: tuple[Slower, ...] = (
     Slower("median", 90, "the median of 16384 elements or more", _long_median, "0.79x for 16384 and 0.36x for 2^20 float32 on an H200"),
     Slower("kthvalue", 90, "the k-th smallest of one row of 2049 to 32767 elements", _one_selection,
            "0.49x for 16384 float32 on an H200, where 65536 take 1.35x"),
+    Slower("upsample", 90, "antialiased interpolation of more than 100 inputs an output in float32", _wide_window,
+           "0.39x for 32x3x512x512 to 224x224, bicubic, on an H200"),
 )
 
 

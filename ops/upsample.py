@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.launch import Constants
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.pointwise import power_of_2
 from gemsmode.ops.promotion import FLOAT
 from gemsmode.ops.window import Dim, divide, gather_kernel, gather_plan, like_suggested, number, result, sum_plan, window_sum_kernel
@@ -440,6 +441,7 @@ def _smooth(call: Call, support: int) -> Plan:
     x, found, out = _forward(call, aligned, call.args[3:], wide)
     kind = (_compute(x.dtype), aligned, support)
     dims = [Dim(math.ceil(support * max(s.value, 1.0)) * 2 + 1, s.parameters(wide, Out(1 + d))) for d, s in enumerate(found)]
+    check_measured("upsample", call.target, taps=math.prod(d.taps for d in dims), itemsize=x.dtype.itemsize)
     plan = sum_plan(call, (Arg(0), x), out, dims, smooth_tap, kind, fixed=False)
     return _with_sums(call, plan, found, _tables(found, wide), wide, kind)
 
