@@ -31,7 +31,7 @@ SHOWN = {
 }
 """The cases that the README names, and what it calls them."""
 
-NAMES = {"fastest": '`prefer="fastest"`', "patch": "`patch`", "patch+capture": "`patch` and `capture`",
+NAMES = {"fuse": "`fuse=True`", "fastest": '`prefer="fastest"`', "patch": "`patch`", "patch+capture": "`patch` and `capture`",
          "patch+fastest": '`patch` and `prefer="fastest"`', "patch+fastest+capture": '`patch` and `capture(prefer="fastest")`',
          "fastest+capture": '`capture(prefer="fastest")`',
          "capture": "`capture`", "compile": "torch.compile", "flag_gems": "flag_gems",
@@ -55,27 +55,27 @@ def tables(result: Mapping[str, Any]) -> str:
     lines = [f"One {e['gpu']}, driver {e['driver']}, torch {e['torch']}, triton {e['triton']}, gemsmode at {', '.join(commits)}; device "
              f"time (of models wall time), median, L2 flushed{' and clean' * any(r.get('clean_cache') for r in rows)}, eager in the "
              "same run."]
-    others = others_of(rows)
-    head = ["case", "eager", "gemsmode", "ratio", *(NAMES.get(p, p) for p in others)]
-    lines += ["", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     by_name = {r["case"]: r for r in rows}
-    for name, text in SHOWN.items():
-        row = by_name.get(name)
-        if row is None or not row.get("ratio") or row.get("intercepted") == "no":
+    shown = [(by_name[name], text) for name, text in SHOWN.items()
+             if name in by_name and by_name[name].get("ratio") and by_name[name].get("intercepted") != "no"]
+    for of_models in (False, True):
+        chosen = [(row, text) for row, text in shown if (row["group"] == "model") == of_models]
+        others = [p for p in others_of(rows) if any(_us(row["providers"].get(p, {})) is not None for row, _ in chosen)]
+        if not chosen:
             continue
-        times = [_time(_us(row["providers"].get(p, {}))) for p in ("eager", "gemsmode")]
-        lines.append("| " + " | ".join([text, *times, f"{row['ratio']:.2f}x", *(_time(_us(row["providers"].get(p, {}))) for p in others)])
-                     + " |")
+        head = ["model" if of_models else "case", "eager", "gemsmode", "ratio", *(NAMES.get(p, p) for p in others)]
+        lines += ["", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+        for row, text in chosen:
+            times = [_time(_us(row["providers"].get(p, {}))) for p in ("eager", "gemsmode")]
+            more = [_time(_us(row["providers"].get(p, {}))) for p in others]
+            lines.append("| " + " | ".join([text, *times, f"{row['ratio']:.2f}x", *more]) + " |")
+    rows = [r for r in rows if r["group"] not in (*OF_HOST, "model") and r.get("ratio") and r.get("intercepted") == "yes"]
+    others = [p for p in others_of(rows) if any((r.get("ratios") or {}).get(p) for r in rows)]
     head = ["family", "cases", "geometric mean", "slowest", *(NAMES.get(p, p) for p in others)]
     lines += ["", "| " + " | ".join(head) + " |", "|---" + "|---:" * 2 + "|---" + "|---:" * len(others) + "|"]
-    groups = [g for g in dict.fromkeys(r["group"] for r in rows) if g not in (*OF_HOST, "model")]
-    for group in groups:
-        mine = [r for r in rows if r["group"] == group and r.get("ratio") and r.get("intercepted") == "yes"]
-        if mine:
-            lines.append(_family(group, mine, others))
-    mine = [r for r in rows if r["group"] in groups and r.get("ratio") and r.get("intercepted") == "yes"]
-    if mine:
-        lines.append(_family("all", mine, others))
+    lines += [_family(g, [r for r in rows if r["group"] == g], others) for g in dict.fromkeys(r["group"] for r in rows)]
+    if rows:
+        lines.append(_family("all", rows, others))
     return "\n".join(lines)
 
 
