@@ -93,7 +93,7 @@ def explain(op: str | OpOverload, *args: Any, registry: Registry | None = None, 
     metas = tuple(stand_in(describe(a)) for a in bound)
     decided = handler.decide(metas, bind=False)
     choice = None
-    if decided.decision.kind == "rule":
+    if decided.decision.kind == "rule" and policy.target.present:  # nothing was timed on hardware that is not there
         choice = (policy.chooser or default_chooser()).known(handler, metas, decided)
         if choice is not None and policy.chooser is not None:
             decided = taken(handler, decided, choice)

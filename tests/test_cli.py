@@ -292,6 +292,20 @@ def test_explain_takes_what_reports_show(capsys: Any, script: Any, tmp_path: Pat
     assert code == 0 and ("->" in out)
 
 
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_explain_for_hardware_that_is_not_there(target: str) -> None:
+    """What a rule would do on a GPU, and what is left to PyTorch there, told on any machine."""
+    def explained(*arguments: str) -> str:
+        run = subprocess.run([sys.executable, "-m", "gemsmode", "explain", *arguments], capture_output=True, text=True,
+                             env={**os.environ, "GEMSMODE_TARGET": target})
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    assert "-> rule 'add' runs" in explained("add.Tensor", "bf16[8,8]", "bf16[8,8]")
+    sort = explained("sort", "f32[1024,8192]", "-1", "False")
+    assert ("faster for sorts of rows of more than 1024" in sort) == (target == "cuda:90")
+
+
 def test_explain_says_what_is_wrong(capsys: Any) -> None:
     for arguments, expected in [
         (["nosuch"], "is not a known op; did you mean"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import harness
@@ -19,10 +21,16 @@ aten = torch.ops.aten
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
+def tf32(allowed: bool) -> AbstractContextManager[None]:
+    """A block where float32 convolutions may take TF32, or may not; PyTorch's own tests allow no other way to set it."""
+    return torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=allowed)
+
+
 @pytest.fixture(autouse=True)
-def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def exact_float32() -> Iterator[None]:
     """Rules follow PyTorch's setting, which allows TF32; PyTorch's own kernels take it or do not."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with tf32(False):
+        yield
 
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any,
@@ -86,12 +94,12 @@ def test_pytorch_rejects() -> None:
     refuse(lambda: aten.convolution(x, randn(6, 1, 9, 9), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 6))
 
 
-def test_tf32_is_used_where_pytorch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_used_where_pytorch_allows_it() -> None:
     call = (on_gpu((2, 3, 64, 64), F32), on_gpu((64, 3, 16, 16), F32), None, (16, 16), (0, 0), (1, 1), False, (0, 0), 1)
     for allowed, precision in ((False, "ieee"), (True, "tf32"), (False, "ieee")):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        policy = Policy(registry.default, target=Target("cuda", "cuda", 90, present=False))
-        plan = policy.handler(aten.convolution.default).decide(call, bind=False).plan
+        with tf32(allowed):
+            policy = Policy(registry.default, target=Target("cuda", "cuda", 90, present=False))
+            plan = policy.handler(aten.convolution.default).decide(call, bind=False).plan
         assert plan is not None and dict(plan.launches[-1].constants)["PRECISION"] == precision
 
 
