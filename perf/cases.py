@@ -524,7 +524,9 @@ _BACKWARD = "torch.autograd.grad(y, x, g, retain_graph=True)[0]"
 
 
 def _backward_of(call: str) -> dict[str, str]:
-    return {"y": call, "g": "torch.randn_like(y)"}
+    # The reference in float64 must have the same gradient, which is of low precision for it, too.
+    return {"y": call,
+            "g": "torch.randn(y.shape, generator=torch.Generator(device).manual_seed(1), device=device, dtype=low).to(dtype)"}
 
 
 _vision("max_pool2d_backward", "aten.max_pool2d_with_indices_backward.default", _BACKWARD, _HALVED,
