@@ -239,6 +239,12 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def _does_more(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether calling ``module`` does more than ``kind`` does: another class, hooks, or a ``forward`` that others put there."""
+    return (type(module) is not kind or _has_hooks(module)
+            or ("forward" in module.__dict__ and "forward" not in module.__dict__.get(_MARK, ())))
+
+
 def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
@@ -664,9 +670,9 @@ def _linear_gelu(module: torch.nn.Module) -> Forward | None:
     fused, approximate = _fused(), "none" if kind == "gelu" else "tanh"
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        first = getattr(self, names[0])
-        if type(first) is not torch.nn.Linear or _has_hooks(first):
-            x = getattr(self, act)(first(hidden_states))
+        first, last = getattr(self, names[0]), getattr(self, act)
+        if _does_more(first, torch.nn.Linear) or (isinstance(last, torch.nn.Module) and _has_hooks(last)):
+            x = last(first(hidden_states))
         else:
             x = fused.linear_gelu(hidden_states, first.weight, first.bias, approximate)
         for name in names[1:]:

@@ -287,6 +287,26 @@ def test_hooks_of_the_parts_still_run() -> None:
     assert sorted(seen) == ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm", "LlamaRMSNorm"]
 
 
+@pytest.mark.parametrize("how", ["hook of the layer", "hook of the activation", "another forward"])
+def test_a_linear_layer_that_does_more_is_called(how: str) -> None:
+    """Before a GELU: what others hang on the layer or its activation, or put in its place, still runs."""
+    model = bert().eval()
+    part = model.bert.encoder.layer[0].intermediate
+    x, seen = torch.randn(2, 3, part.dense.in_features), []
+    own = part.dense.forward
+    if how == "another forward":
+        part.dense.forward = lambda x: own(x) + (seen.append(1) or 1)
+    expected, _ = part(x), seen.clear()
+    gemsmode.patch(model)
+    if how == "hook of the layer":
+        part.dense.register_forward_hook(lambda *_: seen.append(1))
+    elif how == "hook of the activation":
+        part.intermediate_act_fn.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(part(x), expected.detach())
+    assert seen
+
+
 def test_parameters_of_another_dtype_run_the_parts_own_code() -> None:
     norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8)
     expected = norm(torch.ones(2, 8, dtype=torch.bfloat16))
