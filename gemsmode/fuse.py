@@ -48,7 +48,17 @@ from gemsmode.handlers import OpHandler, Policy, _exotic, _map_refs
 from gemsmode.native import communicates
 from gemsmode.ops import pointwise as pointwise_module
 from gemsmode.ops.layout import broadcast_strides, merge
-from gemsmode.ops.pointwise import MAX_DIMS, choose_flat, choose_tile, convert, flat_kernel, indexed_kernel, power_of_2, tiled_kernel
+from gemsmode.ops.pointwise import (
+    MAX_DIMS,
+    choose_flat,
+    choose_tile,
+    convert,
+    flat_kernel,
+    indexed_kernel,
+    offset,
+    power_of_2,
+    tiled_kernel,
+)
 from gemsmode.ops.reduction import reduce_kernel, tree
 from gemsmode.plan import Alloc, Arg, Launch, Num, Out, Plan, Size, extent, specs, stride
 from gemsmode.signature import TensorMeta, describe, make_functions
@@ -928,15 +938,6 @@ def as_read(x, zero):
         return x != 0  # the interpreter may still hold the number that was converted to it
     else:
         return x
-
-
-@triton.jit
-def offset(where, strides):
-    """The offset of an operand: ``where`` holds block indices per dimension."""
-    o = where[0] * strides[0]
-    for d in tl.static_range(1, len(strides)):
-        o = o + where[d] * strides[d]
-    return o
 
 
 _FLAT = """

@@ -40,7 +40,7 @@ from gemsmode.target import Target
 
 
 @triton.jit
-def _offset(where, strides):
+def offset(where, strides):
     """Offsets of an operand: `where` holds block indices per dimension; no strides means dense."""
     if len(strides) == 0:
         return where[0]
@@ -66,9 +66,9 @@ def _operand(p, where, strides, mask, HOW: tl.constexpr, I: tl.constexpr):
     if HOW[I][0] == 1:  # a number; as a block, because the interpreter mistypes comparisons of scalars
         return tl.broadcast_to(tl.cast(p, HOW[I][1]).to(HOW[I][2]), mask.shape)
     elif HOW[I][0] == 2:  # an index
-        return _offset(where, strides).to(HOW[I][2])
+        return offset(where, strides).to(HOW[I][2])
     else:
-        return convert(tl.load(p + _offset(where, strides), mask=mask), HOW[I][1]).to(HOW[I][2])
+        return convert(tl.load(p + offset(where, strides), mask=mask), HOW[I][1]).to(HOW[I][2])
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _apply(FN: tl.constexpr, ins, where, strides, mask, HOW: tl.constexpr):
 
 @triton.jit
 def _store(p, where, strides, value, mask):
-    o = _offset(where, strides)
+    o = offset(where, strides)
     tl.store(p + o, convert(tl.broadcast_to(value, mask.shape), p.dtype.element_ty), mask=mask)
 
 
