@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
-import itertools
 import json
 import re
 from collections import Counter
@@ -126,35 +126,36 @@ def test_verification_finds_nothing_wrong(name: str, device: str, request: pytes
     assert sum(c.compared for c in checks) > 50 and not any(c.failed for c in checks)
 
 
+def computed(report: Report) -> tuple[float, int]:
+    """Seconds on the device of all calls but views, and how many calls these were."""
+    records = [r for r in report.records if r.decision != "view"]
+    return sum(r.device_s or 0.0 for r in records), sum(r.device_calls for r in records)
+
+
 @each_model
 def test_device_time_is_the_profilers(name: str, device: str) -> None:
     """On a GPU: the device time of a training step at full size is within 5% of what ``torch.profiler`` sums up."""
     skip_without_cuda(device)
     from torch.autograd import DeviceType
 
-    model, inputs = model_and_inputs(name, BASE, device, torch.float16 if name in ("vit", "resnet") else torch.bfloat16)
+    scale = dataclasses.replace(BASE, batch=32)
+    model, inputs = model_and_inputs(name, scale, device, torch.float16 if name in ("vit", "resnet") else torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    with GemsMode():  # compiles
+    mode = GemsMode(trace=True)
+    with mode:  # compiles, and decides for every signature
         for _ in range(2):
             train_step(model, inputs, optimizer)
-    torch.cuda.synchronize()
-    mode = GemsMode(trace=True)
+    before = computed(mode.report)
     with torch.profiler.profile() as profile, mode:
-        torch.cuda._sleep(int(4e8))  # the host, slowed by the profiler, is ahead then: time between two events is the device's
+        torch.cuda._sleep(int(1e9))  # the host, slowed by the profiler, is ahead then: time between two events is the device's
         train_step(model, inputs, optimizer)
         torch.cuda.synchronize()
     # Ranges of record_function come as device events too.
     kernels = sum(e.self_device_time_total for e in profile.events()
                   if e.device_type == DeviceType.CUDA and not e.is_user_annotation and "spin_kernel" not in e.name) / 1e6
-    ours = sum(r.device_s or 0.0 for r in mode.report.records if r.decision != "view")
-    empty = [torch.cuda.Event(enable_timing=True) for _ in range(100)]
-    for event in empty:
-        event.record()
-    torch.cuda.synchronize()
-    apart = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(empty))[50]
-    calls = sum(r.device_calls for r in mode.report.records if r.decision != "view")
+    ours, calls = (after - then for after, then in zip(computed(mode.report), before, strict=True))
     print(f"{name}: profiler {kernels * 1e3:.2f} ms, report {ours * 1e3:.2f} ms ({ours / kernels:.3f}x), {calls} calls; "
-          f"two events with nothing between them are {apart * 1e3:.2f} us apart")
+          f"two events with nothing between them are {mode.report.environment['event_gap_us']:.2f} us apart")
     assert ours == pytest.approx(kernels, rel=0.05)
 
 

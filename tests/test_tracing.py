@@ -460,6 +460,7 @@ class FakeDevice:
 
     def __init__(self) -> None:
         self.now, self.made, self.waits, self.capturing, self.busy = 0.0, 0, 0, False, False
+        self.step = 1.0
         device = self
 
         class Event:
@@ -469,7 +470,7 @@ class FakeDevice:
 
             def record(self) -> None:
                 assert not device.capturing
-                device.now += 1.0
+                device.now += device.step
                 self.at = device.now
 
             def query(self) -> bool:
@@ -520,6 +521,24 @@ def test_device_events_are_pooled_and_read_at_the_end() -> None:
     entries = recorder.timeline.entries()
     assert all(e.device_ns == 1_000_000 for e in entries)
     assert entries[1].device_start - entries[0].device_start == 2_000_000
+
+
+def test_what_lies_between_empty_events_is_taken_off() -> None:
+    recorder, fake = device_recorder()
+    asked: list[int] = []
+
+    def keep_busy(cycles: int) -> None:
+        asked.append(cycles)
+        fake.step = 0.25  # what empty pairs take; a call takes 1 ms
+
+    fake._sleep = keep_busy
+    call(recorder, 10)
+    (record,) = recorder.report().records
+    assert record.device_s == pytest.approx(10 * 0.75e-3) and record.device_calls == 10
+    fake.step = 1.0
+    call(recorder, 10)
+    (record,) = recorder.report().records
+    assert record.device_s == pytest.approx(20 * 0.75e-3) and len(asked) == 1
 
 
 def test_a_busy_device_is_not_waited_for() -> None:

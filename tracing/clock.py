@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +14,12 @@ import torch
 from gemsmode.target import Target
 from gemsmode.tracing.timeline import Timeline
 
-HARVEST_AT = 4096
-"""Pairs of events under way, per thread, before finished ones are read (by a query, which does not wait)."""
+HARVEST_AT = 256
+"""Pairs of events under way, per thread, before finished ones are read (by a query, which does not wait). Few, since
+making an event costs several times what using one again does."""
+
+_PAIRS, _AHEAD_CYCLES = 32, 1_000_000
+"""Empty pairs of events that are measured, and for how long the device is kept busy while the host records them."""
 
 
 class Mark(NamedTuple):
@@ -21,6 +27,37 @@ class Mark(NamedTuple):
 
     event: Any
     device: int
+    stream: Any = None
+
+
+class _Runtime(NamedTuple):
+    """The functions of a device's runtime that every call needs, with nothing around them that need not be."""
+
+    device: Callable[[], int]
+    stream: Callable[[int], Any]
+    capturing: Callable[[], bool]
+    record: Callable[[Any, Any], None]
+
+
+def _runtime(module: Any) -> _Runtime:
+    """The runtime behind ``torch.cuda`` or ``torch.xpu``.
+
+    The public functions of ``torch.cuda`` ask each time whether CUDA has been initialized and make a new object for the
+    current stream, which costs more than recording the event; here both are done once.
+    """
+    capturing = getattr(module, "is_current_stream_capturing", lambda: False)
+    if module is not torch.cuda or not torch.cuda.is_available():
+        return _Runtime(module.current_device, lambda device: None, capturing, lambda event, stream: event.record())
+    raw_stream, streams = torch._C._cuda_getCurrentRawStream, dict[tuple[int, int], Any]()
+
+    def stream(device: int) -> Any:
+        key = device, raw_stream(device)
+        found = streams.get(key)
+        if found is None:
+            found = streams[key] = torch.cuda.current_stream(device)
+        return found
+
+    return _Runtime(torch._C._cuda_getDevice, stream, torch._C._cuda_isCurrentStreamCapturing, torch._C._CudaEventBase.record)
 
 
 class Pending(NamedTuple):
@@ -42,11 +79,17 @@ class DeviceClock:
     Args:
         module: ``torch.cuda`` or ``torch.xpu``.
         timeline: told when each call ran.
+
+    Attributes:
+        gap_ns: what lies between two events with no call between them on a busy device, which every measured length has
+            too much; known after :meth:`finish`, 0 where it cannot be measured.
     """
 
     def __init__(self, module: Any, timeline: Timeline) -> None:
         self._module, self._timeline = module, timeline
-        self._capturing = getattr(module, "is_current_stream_capturing", lambda: False)
+        self._device, self._stream, self._capturing, self._record = _runtime(module)
+        self._initialized = False
+        self.gap_ns: int | None = None
         self._pools: dict[int, list[Any]] = {}
         self._origins: dict[int, tuple[Any, int]] = {}
         self._lock = threading.Lock()
@@ -66,19 +109,21 @@ class DeviceClock:
 
     def start(self) -> Mark | None:
         """Record an event before a call; None if the device has not been used yet."""
-        module = self._module
-        if not module.is_initialized():
-            return None
-        device = module.current_device()
+        if not self._initialized:
+            if not self._module.is_initialized():
+                return None
+            self._initialized = True
+        device = self._device()
         if self._capturing():
             return Mark(None, device)
+        stream = self._stream(device)
         if device not in self._origins:
             origin = self._event(device)
-            origin.record()
+            self._record(origin, stream)
             self._origins[device] = origin, time.perf_counter_ns()
         event = self._event(device)
-        event.record()
-        return Mark(event, device)
+        self._record(event, stream)
+        return Mark(event, device, stream)
 
     def stop(self, mark: Mark, pending: deque[Pending], row: Any, index: int) -> None:
         """Record an event after the call; its time goes to ``row`` and to place ``index`` of the timeline later."""
@@ -89,7 +134,7 @@ class DeviceClock:
             self.give_back(mark)
             return
         end = self._event(mark.device)
-        end.record()
+        self._record(end, mark.stream)
         pending.append(Pending(mark, end, row, index))
         if len(pending) >= HARVEST_AT:
             self.harvest(pending)
@@ -125,4 +170,22 @@ class DeviceClock:
             self._module.synchronize(device)
         for queue in queues:
             self.harvest(queue, wait=True)
+        if self.gap_ns is None:
+            self.gap_ns = self._gap()
         return True
+
+    def _gap(self) -> int:
+        """The median time in ns between two events one after the other, while the device has other work to do first."""
+        keep_busy = getattr(self._module, "_sleep", None)
+        if keep_busy is None:
+            return 0
+        device = self._device()
+        stream = self._stream(device)
+        events = [self._event(device) for _ in range(_PAIRS + 1)]
+        keep_busy(_AHEAD_CYCLES)
+        for event in events:
+            self._record(event, stream)
+        self._module.synchronize(device)
+        lengths = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+        self._pools.setdefault(device, []).extend(events)
+        return int(lengths[_PAIRS // 2] * 1e6)

@@ -192,7 +192,8 @@ class Recorder:
             span = _RecordFunctionFast(f"gems::{op} [{decision.rule or decision.kind}]")
             span.__enter__()
         clock = self._clock
-        return span, clock.start() if clock is not None else None, time.perf_counter_ns()
+        # A view runs nothing on the device.
+        return span, clock.start() if clock is not None and decision.kind != "view" else None, time.perf_counter_ns()
 
     def end(self, token: Token, op: Any, decision: Decision, args: tuple[Any, ...]) -> None:
         """The call has run, or raised. Only metadata of ``args`` is read."""
@@ -286,6 +287,7 @@ class Recorder:
 
     def _record(self, rows: list[_Totals]) -> Record:
         first = rows[0]
+        gap_ns = (self._clock.gap_ns if self._clock is not None else 0) or 0
         decision = first.decision
         choice = decision.choice
         inputs, dtypes = _text(first.shapes)
@@ -295,7 +297,8 @@ class Recorder:
             reason=_APART_BECAUSE.get(decision.kind, decision.reason),
             inputs=inputs, dtypes=dtypes, module=first.module, phase=first.phase,
             calls=sum(r.calls for r in rows), host_s=sum(r.host_ns for r in rows) / 1e9,
-            device_s=sum(r.device_ns for r in rows) / 1e9 if device_calls else None, device_calls=device_calls,
+            device_s=max(0, sum(r.device_ns for r in rows) - device_calls * gap_ns) / 1e9 if device_calls else None,
+            device_calls=device_calls,
             captured=sum(r.captured for r in rows), bytes=decision.bytes, flops=decision.flops, touched=first.touched,
             rule_us=choice and choice.rule_us, native_us=choice and choice.native_us, timed=choice.origin if choice else "")
 
@@ -313,6 +316,8 @@ class Recorder:
         about = {"gemsmode": gemsmode.__version__, "torch": torch.__version__, "triton": triton.__version__,
                  "python": platform.python_version(), "device": device, "interpreter": target.interpreted,
                  "timing": "wall" if self._clock is None else "device"}
+        if self._clock is not None and self._clock.gap_ns:
+            about["event_gap_us"] = self._clock.gap_ns / 1e3
         if self._dry is not None:
             about.update(device=self._dry.name, interpreter=False, timing="none", dry_run=True, peak_bytes=self._dry.memory.peak)
         return about
