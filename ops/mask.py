@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from gemsmode.launch import Constants
-from gemsmode.ops.indexing import CHECK, INDEX, WIDE, Given, contiguous, read_advanced
+from gemsmode.ops.indexing import CHECK, INDEX, WIDE, Given, advanced, contiguous, read_advanced
 from gemsmode.ops.layout import broadcast_shape
 from gemsmode.ops.pointwise import power_of_2
 from gemsmode.ops.promotion import ALL
@@ -405,8 +405,11 @@ def _placed(call: Call) -> list[Index]:
     return found
 
 
-def _by_masks(call: Call, placed: Sequence[Index], finish: Callable[[list[Given]], Plan]) -> Plan:
-    """A plan in two stages: masks are counted, then become coordinates, and ``finish`` plans what is done with integer indices."""
+def _by_masks(call: Call, placed: Sequence[Index], finish: Callable[[list[Given]], Plan], values: TensorMeta | None = None) -> Plan:
+    """A plan in two stages: masks are counted, then become coordinates, and ``finish`` plans what is done with integer indices.
+
+    ``values``: what is written there, whose shape says how many elements a mask can have chosen.
+    """
     x, first = call.args[0], _list_of(call)
     masks = [p for p in placed if p.meta.dtype == torch.bool]
     if any(m.meta.numel == 0 for m in masks):
@@ -456,7 +459,19 @@ def _by_masks(call: Call, placed: Sequence[Index], finish: Callable[[list[Given]
             writing.append(Launch(coordinates_kernel, scan.grid, args, scan.constants, scan.warps))
         return plan._replace(allocs=(*plan.allocs, *made), launches=(*writing, *plan.launches), metas=known | plan.metas)
 
-    return Plan(allocs, launches, Out(0), metas, then=then, example=tuple(max(m.meta.numel // 2, 1) for m in masks))
+    def fits(count: int) -> bool:
+        try:
+            shape = advanced(x, indices([count] * len(masks), 0)[0])[0]
+            return values is None or not values.numel or broadcast_shape([shape, values.shape]) == shape
+        except Decline:
+            return False
+
+    # Half of a mask, unless what goes with it is of a size of its own.
+    most = min(m.meta.numel for m in masks)
+    half = max(most // 2, 1)
+    others = [p.meta.shape for p in placed if p.meta.dtype != torch.bool] + ([] if values is None else [values.shape])
+    sizes = dict.fromkeys((half, *[size for shape in others for size in shape if 0 < size <= most]))
+    return Plan(allocs, launches, Out(0), metas, then=then, example=(next(filter(fits, sizes), half),) * len(masks))
 
 
 @planned("aten.index.Tensor", [dtype(*ALL, arg="self"), has_mask], family="indexing", kernel=select_kernel, name="index_by_mask",
@@ -485,7 +500,7 @@ def _put_by_mask(call: Call) -> Plan:
                           (Arg(1, mask.item), mask.meta, seen))
 
         return put(call, written(call, True), make, 0)
-    return _by_masks(call, placed, lambda given: written_advanced(call, given, 2, accumulate))
+    return _by_masks(call, placed, lambda given: written_advanced(call, given, 2, accumulate), values)
 
 
 _PUT = [dtype(*ALL, arg="self"), has_mask]

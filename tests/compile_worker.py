@@ -161,7 +161,13 @@ def compile_for(here: Any, jobs: Sequence[Job], shard: int, shards: int, amount:
             continue
         if decided.decision.kind == "rule" and decided.plan is not None:
             planned[job.op] += 1
-            for spec in plan.specs(decided.plan, job.aligned):
+            try:
+                found = plan.specs(decided.plan, job.aligned)
+            except plan.Decline as reason:  # the second stage, for the example of what the first one counts
+                if job.sound:
+                    rows.append(failure(name, job.op, f"planning the second stage of {job.what}: {reason}"))
+                continue
+            for spec in found:
                 specs.setdefault(spec, f"{job.op}, {job.what}")
     for op, count in planned.items():
         if not count and shard == 0:
