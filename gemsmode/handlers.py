@@ -613,7 +613,7 @@ class OpHandler:
             raise error
         if exotic := _exotic(args):
             return self._passing(exotic).run(*args)
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, (torch.OutOfMemoryError, plans_module.OutOfLimits)):
             return native_in_order(self.op)(*args)
         if self.policy.strict and self.op._schema.is_mutable and not self._is_invalid(args):
             self._fall_back(decided.decision.rule or "", error)  # raises, before anything is written

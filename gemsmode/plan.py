@@ -53,7 +53,7 @@ class Num(NamedTuple):
 
     ``dtype`` is what the kernel sees: ``"fp32"``, ``"fp64"``, ``"i32"`` or ``"i64"``. ``from_tensor``: the argument is
     a 0-dim CPU tensor, read on the host, or a float that is cut off to an integer. ``limits``: the least and the largest
-    number that PyTorch takes here; for others it raises.
+    number that PyTorch takes here on every device; calls with others are made natively, which raises or does not.
     """
 
     index: int  # type: ignore[assignment]
@@ -183,6 +183,10 @@ class Plan(NamedTuple):
     aligned: bool = False
     then: Callable[[list[int]], Plan] | None = None
     example: tuple[int, ...] = ()
+
+
+class OutOfLimits(OverflowError):
+    """A number that a call was made with is outside of its :attr:`Num.limits`: PyTorch itself says what becomes of the call."""
 
 
 class Decline(Exception):
@@ -525,7 +529,7 @@ def _host(shape: Any, stride: Any, dtype: torch.dtype, empty: Callable[..., torc
 def _number(value: Any, least: int | None = None, most: int | None = None) -> Any:
     number = value.item() if isinstance(value, torch.Tensor) else value
     if least is not None and most is not None and not least <= number <= most:  # neither infinities nor NaN are
-        raise OverflowError(f"{number} is not between {least} and {most}")  # and PyTorch's own error is what the user sees
+        raise OutOfLimits(f"{number} is not between {least} and {most}")
     return number if isinstance(value, torch.Tensor) else int(number)
 
 

@@ -39,7 +39,7 @@ def relu(self):
     return tl.where(self <= 0, 0, self).to(self.dtype)
 
 
-@pointwise("aten.threshold.default", dtypes=NUMERIC)
+@pointwise("aten.threshold.default", dtypes=NUMERIC, ranged={"threshold": 1, "value": 1})
 @triton.jit
 def threshold(self, threshold, value):
     return tl.where(self <= threshold, value, self)

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.layout import channels_last_strides, preserved_strides
-from gemsmode.ops.pointwise import Operand, build, convert, index_operand, power_of_2
+from gemsmode.ops.pointwise import LIMITS, Operand, build, convert, index_operand, power_of_2
 from gemsmode.ops.promotion import ALL, result_type
 from gemsmode.plan import Alloc, Arg, At, Decline, Launch, Num, Out, Plan, Size, contiguous_strides, extent, stride
 from gemsmode.predicates import dtype
@@ -256,7 +256,7 @@ def constant_pad_nd(call: Call) -> Plan:
     else:
         out_stride = last if last is not None and suggests_channels_last(x) else contiguous_strides(final)
     kind = "fp64" if x.dtype == torch.float64 else "fp32" if x.dtype.is_floating_point else "i64"
-    fill = Num(2, kind)
+    fill = Num(2, kind, limits=LIMITS.get(x.dtype))
     if isinstance(value, float) and not x.dtype.is_floating_point and x.dtype != torch.bool:
         # torch.nn.functional.pad makes a float of any number: of -100 too, which pads labels.
         limits = torch.iinfo(x.dtype)

@@ -288,14 +288,14 @@ def as_operand(call: Call, index: int, common: torch.dtype, compute: torch.dtype
     return Operand(Num(index, kind, None, to_read), None, common if round_number else compute, compute)
 
 
-_LIMITS = {d: (-torch.iinfo(d).max if d == torch.uint8 else torch.iinfo(d).min, torch.iinfo(d).max)
+LIMITS = {d: (-torch.iinfo(d).max if d == torch.uint8 else torch.iinfo(d).min, torch.iinfo(d).max)
            for d in (torch.uint8, torch.int8, torch.int16, torch.int32)}
 """What PyTorch lets an integer be that it converts to a narrow dtype; negative numbers wrap in uint8."""
 
 
 def _within_limits(operand: Operand, dtype: torch.dtype, sign: int) -> Operand:
     assert isinstance(operand.ref, Num)
-    least, most = _LIMITS[dtype]
+    least, most = LIMITS[dtype]
     return operand._replace(ref=operand.ref._replace(limits=(least, most) if sign > 0 else (-most, -least)))
 
 
@@ -560,7 +560,7 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
                 value = args[i]
                 if n in keep and value.__class__ is TensorMeta:
                     operands.append(as_operand(call, i, value.dtype, value.dtype))
-                elif n in ranged and common in _LIMITS and value.__class__ is not TensorMeta:
+                elif n in ranged and common in LIMITS and value.__class__ is not TensorMeta:
                     operands.append(_within_limits(as_operand(call, i, common, inner, round_numbers), common, ranged[n]))
                 else:
                     operands.append(as_operand(call, i, common, inner, round_numbers))

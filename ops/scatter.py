@@ -47,7 +47,7 @@ from gemsmode.ops.indexing import (
 )
 from gemsmode.ops.layout import broadcast_shape, broadcast_strides, preserved_strides
 from gemsmode.ops.movement import same, wrap_dim
-from gemsmode.ops.pointwise import _strided, power_of_2
+from gemsmode.ops.pointwise import LIMITS, _strided, power_of_2
 from gemsmode.ops.promotion import ALL, NUMERIC, TRITON, opmath
 from gemsmode.plan import Alloc, Arg, Decline, Disjoint, Launch, Num, Out, Plan, Size, contiguous_strides, extent, stride
 from gemsmode.predicates import dtype, dtype_name
@@ -399,7 +399,7 @@ def _number(call: Call, index: int, x: TensorMeta) -> Num:
     value = call.args[index]
     if isinstance(value, complex) or (isinstance(value, float) and not x.dtype.is_floating_point):
         raise Decline("a fractional value for an integer tensor")
-    return Num(index, "fp64" if x.dtype == torch.float64 else "fp32" if x.dtype.is_floating_point else "i64")
+    return Num(index, "fp64" if x.dtype == torch.float64 else "fp32" if x.dtype.is_floating_point else "i64", limits=LIMITS.get(x.dtype))
 
 
 def one_of(x: TensorMeta) -> float | int:
