@@ -227,7 +227,16 @@ class GemsMode(TorchDispatchMode):
             if not args or args[0].__class__ not in _WRAPPED or not isinstance(func, OpOverload) or not parameters(func)[0].is_tensor:
                 raise
         # PyTorch gives modes a number for a 0-dim tensor that it made of one, and takes none back in the first place.
-        return self._table[func](torch.tensor(args[0], dtype=_WRAPPED[args[0].__class__]), *args[1:], **(kwargs or {}))
+        first = torch.tensor(args[0], dtype=_WRAPPED[args[0].__class__])
+        rest = [torch.tensor(a, dtype=_WRAPPED[a.__class__]) if p.is_tensor and a.__class__ in _WRAPPED else a
+                for p, a in zip(parameters(func)[1:], args[1:])]
+        try:
+            return self._table[func](first, *args[1:], **(kwargs or {}))
+        except (TypeError, RuntimeError):
+            if all(a is b for a, b in zip(rest, args[1:])):
+                raise
+        # Nor in the other places, but for arithmetic.
+        return self._table[func](first, *rest, **(kwargs or {}))
 
     # ------------------------------------------------------------------------------------------------------------------
 

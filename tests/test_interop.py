@@ -533,6 +533,20 @@ def test_export_and_jit_trace_inside_the_mode(x: torch.Tensor, mode: GemsMode) -
     assert [n.target for n in exported.graph.nodes if n.op == "call_function"] == [torch.ops.aten.add.Tensor, torch.ops.aten.exp.default]
 
 
+def test_numbers_of_a_trace_are_compared_natively() -> None:
+    """A traced module keeps a number as a tensor that modes are given as the number: for both operands of one call."""
+    traced = quietly(lambda: torch.jit.trace(nn.Sequential(Plus()), (torch.ones(2),)))
+    graph = traced.inlined_graph
+    (number,) = [n.t("value") for n in graph.nodes() if n.kind() == "prim::Constant" and n.kindOf("value") == "t"]
+    with GemsMode(deny=["eq"]):
+        assert torch.eq(number, number).item() is True
+
+
+class Plus(nn.Module):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return t + 7
+
+
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
