@@ -228,13 +228,15 @@ def test_in_place(tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -
     """The input is the result, also through a view whose neighbours must stay as they are."""
     monkeypatch.setattr(scan, "choose", lambda *args: scan.Schedule(*tile))
     for name, d in itertools.product(("aten.cumsum_.default", "aten.cumprod_.default"), (torch.float32, torch.int32, torch.float16)):
-        base = (normal(6, 22) * 2).to(d)
-        mine, theirs = base.clone(), base.clone()
+        mine = (normal(6, 22) * 2).to(d)
         for dim in (0, 1):
+            # Of what is there, in the precision that float16 cannot hold: PyTorch's own float16 scans are as far from it.
+            expected = mine.clone() if d == torch.int32 else mine.double()
+            find_op(name)(expected[::2, 1::3], dim)
             view = mine[::2, 1::3]
             assert run(name, view, dim) is view
-            find_op(name)(theirs[::2, 1::3], dim)
-            torch.testing.assert_close(mine, theirs)
+            torch.testing.assert_close(mine.to(expected.dtype), expected,
+                                       **({"rtol": 2e-3, "atol": 2e-3} if d == torch.float16 else {"rtol": 1e-5, "atol": 1e-5}))
 
 
 def test_out_is_written_where_it_is() -> None:
