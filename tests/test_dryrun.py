@@ -218,8 +218,9 @@ def test_the_command_takes_an_unchanged_script(tmp_path: Path, capsys: pytest.Ca
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     for device in ("cpu", "cuda"):
-        assert main(["report", "--dry-run", "--target", H200, "--dtype", "bf16", str(script), device]) == 0
-        out = capsys.readouterr().out
+        code = main(["report", "--dry-run", "--target", H200, "--dtype", "bf16", str(script), device])
+        out, err = capsys.readouterr()
+        assert code == 0, f"on {device}: {err}"
         assert "1.0 torch.bfloat16" in out and "in a dry run for cuda:90" in out and "_foreach_" in out
     assert torch.get_default_dtype() == torch.float32
     assert main(["report", "--target", H200, str(script)]) == 2 and "--dry-run" in capsys.readouterr().err
