@@ -484,7 +484,14 @@ def stack(call: Call) -> Plan:
         raise Decline("PyTorch rejects it: the shapes differ")
     dim = wrap_dim(dim, first.ndim + 1)
     shape = first.shape[:dim] + (len(tensors),) + first.shape[dim:]
-    alloc = Alloc(shape, contiguous_strides(shape), result_type(tensors))
+    strides = contiguous_strides(shape)
+    if dim < first.ndim and first.numel and all(suggests_channels_last(t) for t in tensors):
+        # PyTorch views what its cat along dim returns.
+        whole = first.shape[:dim] + (len(tensors) * first.shape[dim],) + first.shape[dim + 1:]
+        last = channels_last_strides(whole)
+        if last is not None:
+            strides = torch.empty_strided(whole, last, device="meta").view(shape).stride()
+    alloc = Alloc(shape, strides, result_type(tensors))
     parts = [(Arg(0, i), t._replace(shape=t.shape[:dim] + (1,) + t.shape[dim:], stride=t.stride[:dim] + (0,) + t.stride[dim:]))
              for i, t in enumerate(tensors)]
     if alloc.meta.numel == 0:

@@ -23,7 +23,8 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.creation import _like_strides, _plain, _same_device
-from gemsmode.ops.layout import is_dense, preserved_strides
+from gemsmode.ops.layout import channels_last_strides, is_dense, preserved_strides
+from gemsmode.ops.movement import suggests_channels_last
 from gemsmode.ops.pointwise import Operand, as_operand, build, convert, power_of_2
 from gemsmode.ops.promotion import FLOAT, INT, TRITON, opmath
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, contiguous_strides, extent
@@ -622,4 +623,8 @@ def native_dropout_backward(call: Call) -> Plan:
         raise Decline(f"a mask of {dtype_name(mask.dtype)}")
     inner = opmath(grad.dtype)
     operands = [as_operand(call, 0, grad.dtype), Operand(Arg(1), mask, torch.bool, torch.bool), as_operand(call, 2, grad.dtype, inner)]
-    return build(call, masked_scale, operands, [grad.dtype])
+    strides = None
+    if grad.device.type != "cpu":  # PyTorch's CUDA kernel fills an ``empty_like`` of the format that the gradient suggests
+        last = channels_last_strides(grad.shape) if suggests_channels_last(grad) else None
+        strides = last if last is not None else contiguous_strides(grad.shape)
+    return build(call, masked_scale, operands, [grad.dtype], out_stride=strides)
