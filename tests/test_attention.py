@@ -193,6 +193,12 @@ def test_cudnn_and_efficient_ops(name: str, mask: str, reading: bool, device: st
     for mine, value, like in zip(grads, expected, (q, k, v)):
         close(mine, value, dtype, 5)
         assert mine.stride() == torch.empty_like(like).stride() and mine.dtype == dtype
+    again = served(aten._cudnn_attention_forward, q, k, v, bias, None, None, m, n, True, 0.0, causal, scale=0.3)
+    assert torch.equal(again[0], got[0]) and torch.equal(again[1], got[1])
+    same = served(aten._cudnn_attention_backward, grad, q, k, v, got[0], got[1], got[6], got[7], bias, None, None, m, n, 0.0, causal,
+                  scale=0.3)
+    for mine, theirs in zip(same, grads, strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
 
     got = served(aten._scaled_dot_product_efficient_attention, q, k, v, bias, True, 0.0, causal, scale=0.3)
     close(got[0], out, dtype)
