@@ -1020,6 +1020,15 @@ def as_variant(op: OpOverload, variant: Variant, call: Template) -> Template | N
     if outs:
         try:
             results = quietly(call_op, variant.base, own_memory(call.args))
+        except NotImplementedError:  # no kernel for a GPU: only metadata is wanted, which the CPU's has, too
+            if OPTIONS.device == "cpu":
+                return None
+            results = tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, own_memory(call.args))
+            try:
+                results = quietly(call_op, variant.base, results)
+            except Exception:
+                return None
+            results = tree_map(lambda x: x.to(OPTIONS.device) if isinstance(x, torch.Tensor) else x, results)
         except Exception:
             return None
         several = isinstance(results, tuple) or (isinstance(results, list) and len(outs) > 1)
