@@ -21,6 +21,11 @@ and, for ops that are sums of products (:data:`LINEAR`), 4 eps of float32 times 
 what cancels there was rounded before. A result that equals the native one passes. Integers and booleans must be equal;
 indices (``argmax``, ``sort``) may differ where they select equal values.
 
+Where PyTorch allows TF32 (by default for convolutions on a GPU; ``torch.backends.cuda.matmul.fp32_precision = "tf32"`` for
+products and attention), float32 operands on a GPU may lose all but 10 bits of their mantissas before they are multiplied,
+whatever the native op does with the same call: the 4 eps are then TF32's, and of attention, for which no op of absolute
+values bounds the error, they are taken of its largest element.
+
 Errors are given relative to the reference's own element in units of the dtype's epsilon, and relative to its largest.
 """
 
@@ -60,8 +65,16 @@ CANCELLING = 4.0
 """Epsilons of float32 (float64 for float64) tolerated of the sum of the absolute values of what is added up."""
 
 LINEAR = frozenset({"sum", "mean", "nansum", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr", "linear",
-                    "matmul", "convolution", "cumsum", "trace", "index_add", "scatter_add", "embedding_dense_backward"})
+                    "matmul", "convolution", "convolution_backward", "_conv_depthwise2d", "cumsum", "trace", "index_add", "scatter_add",
+                    "embedding_dense_backward"})
 """Ops whose result is a sum of products of their arguments, where cancellation decides the error."""
+
+TF32_EPS = 2.0**-10
+"""What TF32, with a mantissa of 10 bits, keeps of a float32 operand."""
+
+CONVOLUTIONS = frozenset({"convolution", "convolution_backward", "_conv_depthwise2d"})
+PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "linear", "matmul"})
+"""Ops that tensor cores may do in TF32; the attention ops, which their names tell, are products too."""
 
 STEPS = frozenset({"floor_divide", "remainder", "fmod", "nextafter", "frexp", "bucketize", "searchsorted", "histc", "view_as_real",
                    "view_as_complex"})
@@ -200,6 +213,25 @@ class Outcome:
         self.problem = self.problem or other.problem
 
 
+def may_be_tf32(name: str, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the setting in force lets an op round its operands to TF32.
+
+    Args:
+        name: the functional op's.
+        dtype, device_type: of the result.
+    """
+    if dtype != torch.float32 or device_type != "cuda":
+        return False
+    if name in CONVOLUTIONS:
+        return _float32_precision("conv") == "tf32"
+    return (name in PRODUCTS or "attention" in name) and _float32_precision("matmul") == "tf32"
+
+
+def _float32_precision(kind: str) -> str:
+    """``"tf32"`` if PyTorch allows it for float32 ``"conv"`` or ``"matmul"``; anything else means IEEE."""
+    return torch._C._get_fp32_precision_getter("cuda", kind)
+
+
 def _layout_problem(got: torch.Tensor, wanted: torch.Tensor) -> str:
     for name in ("dtype", "shape", "device"):
         a, b = getattr(got, name), getattr(wanted, name)
@@ -231,12 +263,13 @@ def _exact(got: torch.Tensor, wanted: torch.Tensor) -> Outcome:
 
 
 def _close(got: torch.Tensor, mine: torch.Tensor | None, high: torch.Tensor | None, cancelling: torch.Tensor | None,
-           leeway: float) -> Outcome:
+           leeway: float, tf32: bool = False) -> Outcome:
     """Compare floating-point ``got`` with the native result ``mine`` and the more precise ``high``, of which one may be None.
 
     Args:
         cancelling: the op of absolute values, for a sum of products.
         leeway: a factor on the roundings that are tolerated.
+        tf32: whether operands of products may have been rounded to TF32.
     """
     dtype = got.dtype
     info = torch.finfo(dtype)
@@ -254,8 +287,10 @@ def _close(got: torch.Tensor, mine: torch.Tensor | None, high: torch.Tensor | No
         ref, size, lost = own, own.abs(), torch.zeros_like(lost)
     allowed = ROUNDINGS.get(dtype, 1.0) * leeway * info.eps * _finite(size) + LOSSES * float(lost.max()) + info.tiny
     if cancelling is not None:
-        eps = torch.finfo(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32).eps
+        eps = TF32_EPS if tf32 else torch.finfo(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32).eps
         allowed = allowed + CANCELLING * leeway * eps * _finite(cancelling.to(wide).abs())
+    elif tf32:
+        allowed = allowed + CANCELLING * leeway * TF32_EPS * largest
     off = (result - ref).abs()
     equal = _equal(result, ref) | _equal(result, own) | _equal(result, reference.to(dtype).to(wide))
     off = torch.where(equal, torch.zeros_like(off), off)
@@ -374,7 +409,7 @@ class Trial:
                 cancel = None if isinstance(cancelling, Exception) or cancelling[i].shape != g.shape else cancelling[i].detach()
                 # Where float64 cannot say what is right, both may be off.
                 both = precise is None and g.dtype not in (torch.float64, torch.complex128)
-                part = _close(g, own, precise, cancel, 16.0 if both else 1.0)
+                part = _close(g, own, precise, cancel, 16.0 if both else 1.0, may_be_tf32(self.name, g.dtype, g.device.type))
             elif own is None:
                 continue
             else:

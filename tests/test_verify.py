@@ -175,6 +175,64 @@ def test_what_is_wrong_is_said(name: str, device: str) -> None:
     assert report.checks[0].failed == 1 and "Verified" in str(report) and "do not" in str(report)
 
 
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with TF32's mantissa of 10 bits."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+TF32 = {
+    "mm": ("aten.mm.default", lambda a, b: _rounded(a) @ _rounded(b), lambda: torch.randn(16, 200) @ torch.randn(200, 16)),
+    "convolution": ("aten.convolution.default", lambda x, w, *rest: torch.convolution(_rounded(x), _rounded(w), *rest),
+                    lambda: F.conv2d(torch.randn(2, 16, 8, 8), torch.randn(4, 16, 3, 3))),
+    "convolution backward": ("aten.convolution_backward.default",
+                             lambda g, x, w, *rest: torch.ops.aten.convolution_backward(_rounded(g), _rounded(x), _rounded(w), *rest),
+                             lambda: (F.conv2d(torch.randn(2, 16, 8, 8), torch.randn(4, 16, 3, 3, requires_grad=True))
+                                      * torch.randn(2, 4, 6, 6)).sum().backward()),
+    "attention backward": ("aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+                           lambda g, q, k, v, *rest, **o: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                               _rounded(g), _rounded(q), _rounded(k), _rounded(v), *rest, **o),
+                           lambda: (F.scaled_dot_product_attention(*torch.randn(3, 2, 2, 40, 16, requires_grad=True))
+                                    * torch.randn(2, 2, 40, 16)).sum().backward()),
+}
+
+
+@pytest.mark.parametrize("name", TF32)
+def test_tf32_is_tolerated_where_it_is_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, function, program = TF32[name]
+    # The CPU stands for the GPU: the same question, of another device.
+    asked = gemsmode.verify.may_be_tf32
+    monkeypatch.setattr(gemsmode.verify, "may_be_tf32", lambda name, dtype, _: asked(name, dtype, "cuda"))
+    monkeypatch.setattr(gemsmode.verify, "_float32_precision", lambda kind: "tf32")
+    torch.manual_seed(0)
+    with verified(local(op, function), on_mismatch="raise") as mode:
+        program()
+    (check,) = mode.report.checks
+    assert check.compared == 1 and 0.001 < check.allowed < 1
+    monkeypatch.setattr(gemsmode.verify, "_float32_precision", lambda kind: "ieee")
+    torch.manual_seed(0)
+    with pytest.raises(MismatchError, match="too far off"), verified(local(op, function), on_mismatch="raise"):
+        program()
+
+
+def test_what_tf32_does_not_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = gemsmode.verify.may_be_tf32
+    monkeypatch.setattr(gemsmode.verify, "may_be_tf32", lambda name, dtype, _: asked(name, dtype, "cuda"))
+    monkeypatch.setattr(gemsmode.verify, "_float32_precision", lambda kind: "tf32")
+    planted = local("aten.mm.default", lambda a, b: a @ b * 1.2)
+    with pytest.raises(MismatchError, match="too far off"), verified(planted, on_mismatch="raise"):
+        torch.rand(16, 200) @ torch.rand(200, 16)
+
+
+@pytest.mark.parametrize("allowed", ["conv", "matmul"])
+def test_who_may_use_tf32(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemsmode.verify, "_float32_precision", lambda kind: "tf32" if kind == allowed else "ieee")
+    may = gemsmode.verify.may_be_tf32
+    names = "convolution", "convolution_backward", "addmm", "linear", "_scaled_dot_product_efficient_attention_backward", "sum", "cumsum"
+    found = [name for name in names if may(name, torch.float32, "cuda")]
+    assert found == list(names[:2] if allowed == "conv" else names[2:5])
+    assert not any(may(name, torch.float64, "cuda") or may(name, torch.float32, "cpu") for name in names)
+
+
 def test_random_numbers_of_the_program_are_not_used_up(device: str) -> None:
     def draw(mode: Any) -> torch.Tensor:
         torch.manual_seed(3)
