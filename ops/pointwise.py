@@ -208,6 +208,7 @@ class Tile:
 
 
 _INTERPRETED_BLOCK = 1 << 16  # a program costs 0.3 ms in the interpreter, whatever its size
+_SQUARE = 64 * 64
 _BYTES_PER_THREAD = 32  # of the widest operand: two 16-byte accesses in flight
 
 
@@ -228,12 +229,15 @@ def choose_flat(n: int, itemsize: int, target: Target) -> Tile:
 
 
 def choose_tile(nx: int, ny: int, transposed: bool, itemsize: int, target: Target) -> Tile:
-    """The tile of the two-dimensional kernel. Transposed operands want it square: 64 by 64 keeps both ways coalesced."""
+    """The tile of the two-dimensional kernel. Transposed operands want it square: 64 by 64 keeps both ways coalesced; a side
+    that is short by itself leaves its elements to the other."""
     if target.interpreted:
         x = min(power_of_2(nx), 1024)
         return Tile(x, min(power_of_2(ny), _INTERPRETED_BLOCK // x))
     if transposed:
-        return Tile(min(64, power_of_2(nx)), min(64, power_of_2(ny)), 8)
+        x, y = min(64, power_of_2(nx)), min(64, power_of_2(ny))
+        x, y = min(power_of_2(nx), _SQUARE // y), min(power_of_2(ny), _SQUARE // x)
+        return Tile(x, y, 8 if x * y == _SQUARE else 4)
     budget = 128 * max(_BYTES_PER_THREAD // itemsize, 1)
     x = min(power_of_2(nx), budget)
     return Tile(x, max(min(power_of_2(ny), budget // x), 1))
@@ -426,8 +430,9 @@ def _strided(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], i
         programs = -(-sizes[0] // tile.x) * -(-sizes[y] // tile.y)
         for d in rest:
             programs *= sizes[d]
-        # In the interpreter the number of programs is all that counts.
-        if programs < 2**31 and not (target.interpreted and programs > -(-n // _INTERPRETED_BLOCK)):
+        # Two short sides make programs of too few elements. In the interpreter the number of programs is all that counts.
+        large_enough = tile.x * tile.y >= min(1024, n)
+        if (large_enough or not transposed) and programs < 2**31 and not (target.interpreted and programs > -(-n // _INTERPRETED_BLOCK)):
             steps = [(s[0], s[y], *[stride(s[d]) for d in rest]) for s in loops.strides]
             return Launch(tiled_kernel, (programs, 1, 1),
                           (outs, ins, extent(sizes[0]), extent(sizes[y]) if transposed else Size(sizes[y]),

@@ -66,6 +66,18 @@ _ON_DEFAULT_DEVICE = {"test_fuse", "test_reduction", "test_scan", "test_matmul",
 
 
 @pytest.fixture(autouse=True)
+def exact_convolutions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Rules follow PyTorch's setting for float32 convolutions, which allows TF32; PyTorch's own kernels take it or do not."""
+    import torch
+
+    if request.config.getoption("--device") != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """With ``--device cuda`` the tests of these modules make their tensors on the GPU."""
     import torch

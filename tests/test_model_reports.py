@@ -134,11 +134,14 @@ def computed(report: Report) -> tuple[float, int]:
 
 @each_model
 def test_device_time_is_the_profilers(name: str, device: str) -> None:
-    """On a GPU: the device time of a training step at full size is within 5% of what ``torch.profiler`` sums up."""
+    """On a GPU: the device time of a training step at full size is within 5% of what ``torch.profiler`` sums up.
+
+    The profiler watches another step, since with it the host is slower than the device, which then waits between two events.
+    """
     skip_without_cuda(device)
     from torch.autograd import DeviceType
 
-    scale = dataclasses.replace(BASE, batch=32)
+    scale = dataclasses.replace(BASE, batch=64 if name == "vit" else 32)
     model, inputs = model_and_inputs(name, scale, device, torch.float16 if name in ("vit", "resnet") else torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     mode = GemsMode(trace=True)
@@ -146,15 +149,16 @@ def test_device_time_is_the_profilers(name: str, device: str) -> None:
         for _ in range(2):
             train_step(model, inputs, optimizer)
     before = computed(mode.report)
-    with torch.profiler.profile() as profile, mode:
-        torch.cuda._sleep(int(1e9))  # the host, slowed by the profiler, is ahead then: time between two events is the device's
+    with mode:
+        for _ in range(3):
+            train_step(model, inputs, optimizer)
+    ours, calls = ((after - then) / 3 for after, then in zip(computed(mode.report), before, strict=True))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile, GemsMode():
         train_step(model, inputs, optimizer)
         torch.cuda.synchronize()
-    # Ranges of record_function come as device events too.
     kernels = sum(e.self_device_time_total for e in profile.events()
-                  if e.device_type == DeviceType.CUDA and not e.is_user_annotation and "spin_kernel" not in e.name) / 1e6
-    ours, calls = (after - then for after, then in zip(computed(mode.report), before, strict=True))
-    print(f"{name}: profiler {kernels * 1e3:.2f} ms, report {ours * 1e3:.2f} ms ({ours / kernels:.3f}x), {calls} calls; "
+                  if e.device_type == DeviceType.CUDA and not e.is_user_annotation) / 1e6
+    print(f"{name}: profiler {kernels * 1e3:.2f} ms, report {ours * 1e3:.2f} ms ({ours / kernels:.3f}x), {calls:.0f} calls; "
           f"two events with nothing between them are {mode.report.environment['event_gap_us']:.2f} us apart")
     assert ours == pytest.approx(kernels, rel=0.05)
 

@@ -71,6 +71,17 @@ def only_plain_tensors(op: OpOverload) -> bool:
     return all(not p.is_tensor_list for p in parameters(op))
 
 
+def without_zero_divisors(op: OpOverload, operands: list[torch.Tensor]) -> None:
+    """On a GPU the result of an integer division by zero is whatever the kernel leaves: zeros among the divisors become ones,
+    in the memory behind the views, whatever their layout."""
+    if harness.OPTIONS.device != "cuda" or op._schema.name.partition("::")[2].strip("_") not in DIVISIONS:
+        return
+    for divisor in operands[1:]:
+        if not divisor.is_floating_point():
+            memory = divisor.as_strided((divisor.untyped_storage().nbytes() // divisor.element_size(),), (1,), 0)
+            memory[memory == 0] = 1
+
+
 def finish(op: OpOverload, failures: Failures, intercepted: int) -> None:
     failures.done()
     name = short_name(op)
@@ -174,11 +185,7 @@ def test_shapes(op: OpOverload) -> None:
                 continue
             operands = [make(shape, dtype, 31 * i) for i, (make, shape) in
                         enumerate(makers[min(j, len(makers) - 1)] for j in range(count_tensors(template)))]
-            divides = not dtype.is_floating_point and op._schema.name.partition("::")[2].strip("_") in DIVISIONS
-            if divides and harness.OPTIONS.device == "cuda":
-                for divisor in operands[1:]:  # zeros become ones in the memory behind the views, whatever their layout
-                    memory = divisor.as_strided((divisor.untyped_storage().nbytes() // divisor.element_size(),), (1,), 0)
-                    memory[memory == 0] = 1
+            without_zero_divisors(op, operands)
             args = with_tensors(op, template, operands)
 
             def check(args: tuple[Any, ...] = args) -> None:
@@ -411,7 +418,11 @@ ASSERTED_FINITE: dict[str, str] = {
 
 
 INFINITE_ON_CPU_ONLY: dict[str, str] = {
-    "_fused_rms_norm": "PyTorch's CUDA kernel gives NaN for the whole row, its CPU kernel and the formula 0 for what is finite",
+    **dict.fromkeys(("_fused_rms_norm", "rms_norm"),
+                    "PyTorch's CUDA kernel gives NaN for the whole row, its CPU kernel and the formula 0 for what is finite"),
+    "native_layer_norm": "the mean of a row with an infinity is infinite or NaN in PyTorch's CUDA kernels, as the row's length decides",
+    "native_group_norm_backward": "inf - inf: PyTorch's CUDA kernels add up in another order than ours, and get NaN elsewhere",
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), "of several elements with the same index any may be the one written"),
 }
 """Ops whose results for infinities are compared on a CPU only, and why."""
 
@@ -458,6 +469,8 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("op", INPLACE, ids=short_name)
 def test_inplace_through_views(op: OpOverload) -> None:
     """``a[:2] *= 3``: the view changes, the memory around it does not."""
+    if op._schema.name == "aten::_add_relu_" and harness.OPTIONS.device == "cuda":
+        pytest.skip("PyTorch's CUDA kernel gives a view that is not dense new memory instead of writing into it")
     failures, intercepted = Failures(), 0
     for dtype in dtypes_for(op):
         template = template_for(op, dtype)
@@ -468,6 +481,7 @@ def test_inplace_through_views(op: OpOverload) -> None:
                 continue
             written = view(tensor((6, 11), dtype))
             others = [tensor(written.shape, dtype, 100 + i) for i in range(count_tensors(template) - 1)]
+            without_zero_divisors(op, [written, *others])
             args = with_tensors(op, template, [written, *others])
 
             def check(args: tuple[Any, ...] = args) -> None:

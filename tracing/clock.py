@@ -37,6 +37,8 @@ class _Runtime(NamedTuple):
     stream: Callable[[int], Any]
     capturing: Callable[[], bool]
     record: Callable[[Any, Any], None]
+    query: Callable[[Any], bool]
+    elapsed: Callable[[Any, Any], float]
 
 
 def _runtime(module: Any) -> _Runtime:
@@ -47,7 +49,8 @@ def _runtime(module: Any) -> _Runtime:
     """
     capturing = getattr(module, "is_current_stream_capturing", lambda: False)
     if module is not torch.cuda or not torch.cuda.is_available():
-        return _Runtime(module.current_device, lambda device: None, capturing, lambda event, stream: event.record())
+        return _Runtime(module.current_device, lambda device: None, capturing, lambda event, stream: event.record(),
+                        lambda event: event.query(), lambda start, end: start.elapsed_time(end))
     raw_stream, streams = torch._C._cuda_getCurrentRawStream, dict[tuple[int, int], Any]()
 
     def stream(device: int) -> Any:
@@ -57,7 +60,9 @@ def _runtime(module: Any) -> _Runtime:
             found = streams[key] = torch.cuda.current_stream(device)
         return found
 
-    return _Runtime(torch._C._cuda_getDevice, stream, torch._C._cuda_isCurrentStreamCapturing, torch._C._CudaEventBase.record)
+    event = torch._C._CudaEventBase
+    return _Runtime(torch._C._cuda_getDevice, stream, torch._C._cuda_isCurrentStreamCapturing, event.record, event.query,
+                    event.elapsed_time)
 
 
 class Pending(NamedTuple):
@@ -87,7 +92,7 @@ class DeviceClock:
 
     def __init__(self, module: Any, timeline: Timeline) -> None:
         self._module, self._timeline = module, timeline
-        self._device, self._stream, self._capturing, self._record = _runtime(module)
+        self._device, self._stream, self._capturing, self._record, self._query, self._elapsed = _runtime(module)
         self._initialized = False
         self.gap_ns: int | None = None
         self._pools: dict[int, list[Any]] = {}
@@ -149,15 +154,15 @@ class DeviceClock:
         with self._lock:
             while pending:
                 mark, end, row, index = pending[0]
-                if not wait and not end.query():
+                if not wait and not self._query(end):
                     return
                 pending.popleft()
-                length = int(mark.event.elapsed_time(end) * 1e6)
+                length = int(self._elapsed(mark.event, end) * 1e6)
                 row.device_ns += length
                 row.device_calls += 1
                 if index >= 0:
                     origin, at = self._origins[mark.device]
-                    self._timeline.on_device(index, at + int(origin.elapsed_time(mark.event) * 1e6), length)
+                    self._timeline.on_device(index, at + int(self._elapsed(origin, mark.event) * 1e6), length)
                 self._pools.setdefault(mark.device, []).extend((mark.event, end))
 
     def finish(self, queues: list[deque[Pending]]) -> bool:
@@ -186,6 +191,6 @@ class DeviceClock:
         for event in events:
             self._record(event, stream)
         self._module.synchronize(device)
-        lengths = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+        lengths = sorted(self._elapsed(a, b) for a, b in itertools.pairwise(events))
         self._pools.setdefault(device, []).extend(events)
         return int(lengths[_PAIRS // 2] * 1e6)
