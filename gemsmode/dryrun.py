@@ -124,7 +124,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 # -- composite ops as a GPU takes them apart ---------------------------------------------------------------------------
 
 
-def _attention_kind(target: Target, q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, gradients: bool) -> str:
+def _attention_kind(target: Target, q: Any, k: Any, v: Any, mask: Any, causal: bool, gradients: bool, grouped: bool) -> str:
     """Which implementation CUDA's selection takes, for a dense call; see ``sdp_utils.cpp`` of PyTorch 2.13."""
     backends, arch = torch.backends.cuda, target.arch if isinstance(target.arch, int) else 0
     nvidia = target.backend == "cuda"
@@ -134,14 +134,20 @@ def _attention_kind(target: Target, q: Any, k: Any, v: Any, mask: Any, dropout: 
         return "math"
     if causal and mask is not None:
         return "math"
+    heads = q.shape[1], k.shape[1], v.shape[1]
+    equal = heads[0] == heads[1] == heads[2]
+    shared = grouped and heads[0] % heads[1] == 0 and heads[0] % heads[2] == 0
+    if not q.shape[0] == k.shape[0] == v.shape[0] or not (equal or shared):
+        return "math"
     same = dim == dim_v and dim <= 256 and half and (arch >= 80 or not nvidia)
     if nvidia and arch in (90, 100) and backends.cudnn_sdp_enabled() and same and dim % 8 == 0 and (dim <= 128 or not gradients):
         return "cudnn"
-    if backends.flash_sdp_enabled() and same and mask is None:
+    if backends.flash_sdp_enabled() and same and mask is None and heads[1] == heads[2]:
         return "flash"
     aligned = dim % (8 if half else 4) == 0 and dim_v % (8 if half else 4) == 0
     fits = half or q.dtype == torch.float32
-    if backends.mem_efficient_sdp_enabled() and fits and aligned and (q.dtype != torch.bfloat16 or arch >= 80 or not nvidia):
+    # It does not know of heads that share keys: those are repeated on the way through the math.
+    if backends.mem_efficient_sdp_enabled() and fits and equal and aligned and (q.dtype != torch.bfloat16 or arch >= 80 or not nvidia):
         return "efficient"
     return "math"
 
@@ -152,7 +158,7 @@ def _attention(target: Target) -> Callable[..., Any]:
     def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, *,
                   scale: float | None = None, enable_gqa: bool = False) -> Any:
         gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        kind = _attention_kind(target, query, key, value, attn_mask, dropout_p, is_causal, gradients)
+        kind = _attention_kind(target, query, key, value, attn_mask, is_causal, gradients, enable_gqa)
         if kind == "math":
             return composite._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, query, key, value, attn_mask, dropout_p, is_causal,
                                     scale=scale, enable_gqa=enable_gqa)
@@ -171,8 +177,6 @@ def _attention(target: Target) -> Callable[..., Any]:
         if kind == "cudnn":
             return aten._scaled_dot_product_cudnn_attention(query, key, value, attn_mask, gradients, dropout_p, is_causal, False,
                                                             scale=scale)[0]
-        if enable_gqa:
-            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, gradients, dropout_p, is_causal, scale=scale)[0]
 
     return attention
@@ -323,6 +327,17 @@ def _value(op: Any, args: tuple[Any, ...]) -> Any:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1 + 0j if dtype.is_complex else 1
 
 
+def _laid_out_by(grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A tensor like ``grad`` in the layout that convolutions of ``tensors``, input and weight, have.
+
+    The shape function of ``convolution_backward`` lays out what it returns by the gradient that it is given (PyTorch 2.11),
+    real ones by input and weight: autograd would copy the gradient of the weight into the weight's layout.
+    """
+    formats = [suggest_memory_format(t) for t in tensors]
+    chosen = next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
+    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device, memory_format=chosen)
+
+
 class DryRun:
     """What a dry mode does with each call: decide it as on ``target``, count it, and compute shapes alone.
 
@@ -440,6 +455,8 @@ class DryRun:
         return dry
 
     def _run(self, op: Any, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "convolution_backward" and args[0].is_meta:
+            args = (_laid_out_by(args[0], args[1:3]), *args[1:])
         if name not in _VALUES:
             return run(*args, **kwargs)
         if not args[0].is_meta:
