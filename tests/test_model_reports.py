@@ -55,7 +55,10 @@ def test_every_call_is_in_every_format(name: str, device: str) -> None:
     report, calls = mode.report, sum(counting.counts.values())
     # The table's calls equal an independent count, overload by overload.
     assert calls_by_overload(report) == counting.counts
-    assert report.coverage.calls > 0.85 and not report.rows("overload", ["error"])
+    # On a GPU dense convolutions are left to cuDNN, which is no hole in the coverage.
+    asked = [r for r in report.compute if not (r.decision == "pass" and r.overload.startswith("aten.convolution"))]
+    assert sum(r.calls for r in asked if r.decision == "rule") > 0.85 * sum(r.calls for r in asked)
+    assert not report.rows("overload", ["error"])
     assert {r.phase for r in report.records} == {"forward", "backward", "optimizer"}
     assert all(r.module for r in report.compute if r.phase == "optimizer")
     # Every grouping adds up to it, in calls and in time.
@@ -93,7 +96,10 @@ def test_a_dry_run_decides_as_a_real_run(name: str, device: str) -> None:
     real, dry = GemsMode(trace=True), GemsMode(dry_run="cpu" if device == "cpu" else True)
     step_under(real, name, device, dropout=False)
     step_under(dry, name, "meta", dropout=False)
-    assert decisions(dry.report) == decisions(real.report)
+    found, wanted = decisions(dry.report), decisions(real.report)
+    differ = [f"only {which}: {n}x {' '.join(map(str, call))}" for which, more in (("dry", found - wanted), ("real", wanted - found))
+              for call, n in sorted(more.items(), key=str)]
+    assert not differ, "\n".join(differ)
     assert dry.report.environment["peak_bytes"] > 4 * sum(p.numel() for p in model_and_inputs(name, device="meta")[0].parameters())
 
 
