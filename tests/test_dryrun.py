@@ -110,6 +110,37 @@ def test_attention_norms_dropout_and_optimizers_are_taken_apart_as_on_a_gpu() ->
     assert "_scaled_dot_product_flash_attention" not in ops("cpu", lambda: f.scaled_dot_product_attention(q, q, q))
 
 
+@pytest.mark.parametrize(("where", "dtype", "kind"), [
+    (H200, torch.float32, "_safe_softmax"), (H200, torch.bfloat16, "_scaled_dot_product_cudnn_attention"),
+    ("cuda:80", torch.float16, "_scaled_dot_product_flash_attention")])
+def test_heads_that_share_keys(where: str, dtype: torch.dtype, kind: str) -> None:
+    """Memory-efficient attention does not know of them: in float32 they go through the math."""
+    with torch.device("meta"):
+        q, k = (torch.empty(2, heads, 8, 16, dtype=dtype, requires_grad=True) for heads in (4, 2))
+    for gradients in (False, True):
+        with GemsMode(dry_run=where) as mode, torch.set_grad_enabled(gradients):
+            result = nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+            if gradients:
+                result.sum().backward()
+        seen = {r.overload.removeprefix("aten.").removesuffix(".default") for r in mode.report.compute}
+        assert kind in seen and "_scaled_dot_product_efficient_attention" not in seen
+        assert ("bmm" in seen) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_convolutions_are_laid_out_by_input_and_weight(layout: torch.memory_format) -> None:
+    """Whatever the layout of the gradient that comes in: autograd keeps the weight's gradient as it is then."""
+    with torch.device("meta"):
+        images, convolution = torch.empty(2, 3, 8, 8).to(memory_format=layout), nn.Conv2d(3, 6, 2).to(memory_format=layout)
+        gradients = [torch.empty(2, 6, 7, 7).to(memory_format=m) for m in (torch.contiguous_format, torch.channels_last)]
+    for gradient in gradients:
+        convolution.zero_grad()
+        with GemsMode(dry_run=H200) as mode:
+            convolution(images).backward(gradient)
+        assert [r.overload for r in mode.report.compute if r.phase == "backward"] == ["aten.convolution_backward.default"]
+        assert convolution.weight.grad is not None and convolution.weight.grad.stride() == convolution.weight.stride()
+
+
 def test_no_kernel_runs_and_no_real_memory_is_taken() -> None:
     def never(*args: Any) -> torch.Tensor:
         raise AssertionError("ran")
