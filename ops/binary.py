@@ -18,6 +18,7 @@ from triton.language.extra import libdevice
 
 from gemsmode.ops import maths
 from gemsmode.ops.layout import output_strides
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.pointwise import ALWAYS_BOOL, INT_TO_FLOAT, as_operand, build, pointwise
 from gemsmode.ops.promotion import BOOL, FLOAT, INT, NUMERIC, opmath, result_type
 from gemsmode.plan import Decline, Plan, contiguous_strides
@@ -482,6 +483,11 @@ def _constant_power(call: Call) -> Any:
     return _POWERS.get(call.args[1]) or _general_power(call)
 
 
+def _check_power(call: Call, common: torch.dtype) -> None:
+    require_tensors(call, common)
+    check_measured("power", call.target, dtype=common)
+
+
 def _check_exponent(call: Call, common: torch.dtype) -> None:
     exponent = call.args[1]
     require_fits(exponent, common)
@@ -502,7 +508,7 @@ def _contiguous_exponent(call: Call) -> tuple[int, ...]:
            check=_check_exponent, round_numbers=True, out_stride=_base_strides, name="pow_constant")
 @pointwise("aten.pow.Scalar", dtypes=NUMERIC, promote=("self", "exponent"), select=_general_power, round_numbers=True,
            out_stride=_contiguous_exponent, name="pow_of_number")
-@pointwise("aten.pow.Tensor_Tensor", dtypes=NUMERIC, select=_general_power, check=require_tensors, round_numbers=True)
+@pointwise("aten.pow.Tensor_Tensor", dtypes=NUMERIC, select=_general_power, check=_check_power, round_numbers=True)
 @triton.jit
 def pow(self, exponent):
     return _pow(self, exponent)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.layout import channels_last_strides
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.movement import read, same, wrap_dim
 from gemsmode.ops.pointwise import build, convert, power_of_2
 from gemsmode.ops.promotion import ALL, FLOAT, TRITON
@@ -186,6 +187,7 @@ def pixel_shuffle(call: Call) -> Plan:
     x, r = call.args
     if x.ndim < 3 or r < 1 or x.shape[-3] % (r * r):
         raise Decline("PyTorch rejects it: the channels do not divide")
+    check_measured("shuffle", call.target, factor=r, itemsize=x.dtype.itemsize)
     *lead, channels, height, width = x.shape
     shape = (*lead, channels // (r * r), height * r, width * r)
     c, h, w = x.ndim - 3, x.ndim - 2, x.ndim - 1

@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from gemsmode.plan import Decline
 from gemsmode.target import Target
 
@@ -22,7 +24,7 @@ class Slower(NamedTuple):
 
     Attributes:
         family: who asks: ``product``, ``attention``, ``sort``, ``unique``, ``median`` (of all elements), ``kthvalue`` or
-            ``upsample``.
+            ``upsample``, ``power``, ``shuffle`` or ``search``.
         capability: the compute capability where it holds, as :attr:`Target.arch` has it.
         what: the class in words.
         test: takes the call's facts.
@@ -76,6 +78,18 @@ def _one_selection(*, rows: int, n: int, **_: Any) -> bool:
     return rows == 1 and 2**11 < n < 2**15
 
 
+def _power(*, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32
+
+
+def _shuffle(*, factor: int, itemsize: int, **_: Any) -> bool:
+    return factor == 2 and itemsize == 2
+
+
+def _long_search(*, boundaries: int, **_: Any) -> bool:
+    return boundaries >= 2**15
+
+
 SLOWER: tuple[Slower, ...] = (
     Slower("product", 90, "large float32 products without TF32", _ieee_product, "0.83x at 2048x2048x2048 on an H200"),
     Slower("product", 90, "large 16-bit products over 512 to 1024 elements", _short_addmm,
@@ -95,6 +109,11 @@ SLOWER: tuple[Slower, ...] = (
            "0.49x for 16384 float32 on an H200, where 65536 take 1.35x"),
     Slower("upsample", 90, "antialiased interpolation of more than 100 inputs an output in float32", _wide_window,
            "0.39x for 32x3x512x512 to 224x224, bicubic, on an H200"),
+    Slower("power", 90, "powers of float32 tensors by tensors", _power,
+           "0.81x for 8192x8192 on an H200, where both are limited by arithmetic"),
+    Slower("shuffle", 90, "pixel shuffles by 2 of 2-byte elements", _shuffle, "0.91x for 16x256x128x128 bfloat16 on an H200"),
+    Slower("search", 90, "searches among 32768 boundaries or more", _long_search,
+           "0.47x for 16777216 float32 among 100000 on an H200, where 100 take 1.94x"),
 )
 
 

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.pointwise import convert, power_of_2
 from gemsmode.ops.promotion import ALL, FLOAT, INT, NUMERIC, TRITON, opmath, result_type
 from gemsmode.ops.reduction import merge_dims, offset_of, precise_div
@@ -303,6 +304,7 @@ def _search(call: Call, sequence: int, values: int, sorter: int | None) -> Plan:
         raise Decline("PyTorch rejects it: the result does not fit int32")
     alloc = Alloc(shape, contiguous_strides(shape), torch.int32 if call["out_int32"] else torch.int64)
     total, n = alloc.meta.numel, seq.shape[-1]
+    check_measured("search", call.target, boundaries=n)
     metas = {Arg(sequence): seq}
     if is_tensor:
         metas[Arg(values)] = wanted

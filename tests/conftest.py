@@ -62,7 +62,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 # Modules whose tests make their tensors where tensors are made by default.
-_ON_DEFAULT_DEVICE = {"test_fuse", "test_reduction", "test_scan", "test_matmul", "test_loss", "test_norm", "test_softmax"}
+_ON_DEFAULT_DEVICE = {"test_fuse", "test_reduction", "test_scan", "test_matmul", "test_loss", "test_norm", "test_softmax", "test_verify"}
 
 
 @pytest.fixture(autouse=True)

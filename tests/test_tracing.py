@@ -460,7 +460,8 @@ class FakeDevice:
 
     def __init__(self) -> None:
         self.now, self.made, self.waits, self.capturing, self.busy = 0.0, 0, 0, False, False
-        self.step = 1.0
+        self.step, self.naps = 1.0, list[float]()
+        self._sleep: Any = None
         device = self
 
         class Event:
@@ -496,8 +497,10 @@ class FakeDevice:
         self.waits += 1
 
 
-def device_recorder() -> tuple[Recorder, FakeDevice]:
+def device_recorder(keeps_busy: bool = False) -> tuple[Recorder, FakeDevice]:
     fake, recorder = FakeDevice(), Recorder(INTERPRETER)
+    if keeps_busy:
+        fake._sleep = lambda cycles: fake.naps.append(fake.now)
     recorder._clock = DeviceClock(fake, recorder.timeline)
     return recorder, fake
 
@@ -524,21 +527,35 @@ def test_device_events_are_pooled_and_read_at_the_end() -> None:
 
 
 def test_what_lies_between_empty_events_is_taken_off() -> None:
-    recorder, fake = device_recorder()
-    asked: list[int] = []
-
-    def keep_busy(cycles: int) -> None:
-        asked.append(cycles)
-        fake.step = 0.25  # what empty pairs take; a call takes 1 ms
-
-    fake._sleep = keep_busy
+    recorder, fake = device_recorder(keeps_busy=True)
     call(recorder, 10)
+    fake.step = 0.25  # what empty pairs take; a call took 1 ms
     (record,) = recorder.report().records
     assert record.device_s == pytest.approx(10 * 0.75e-3) and record.device_calls == 10
     fake.step = 1.0
     call(recorder, 10)
     (record,) = recorder.report().records
-    assert record.device_s == pytest.approx(20 * 0.75e-3) and len(asked) == 1
+    assert record.device_s == pytest.approx(20 * 0.75e-3)
+
+
+def test_a_device_without_work_is_kept_busy() -> None:
+    recorder, fake = device_recorder(keeps_busy=True)
+    call(recorder)
+    assert len(fake.naps) == 1
+    fake.busy = True  # with the nap, and what was launched meanwhile
+    call(recorder, 40)
+    assert len(fake.naps) == 1
+    fake.busy = False
+    call(recorder)
+    assert len(fake.naps) == 2 and fake.waits == 0
+    fake.capturing = True
+    call(recorder, 3)
+    assert len(fake.naps) == 2
+    fake.capturing = False
+    assert has_note(recorder.report(), "kept busy")
+    without, fake = device_recorder()
+    call(without, 3)
+    assert not has_note(without.report(), "kept busy")
 
 
 def test_a_busy_device_is_not_waited_for() -> None:

@@ -18,8 +18,11 @@ HARVEST_AT = 256
 """Pairs of events under way, per thread, before finished ones are read (by a query, which does not wait). Few, since
 making an event costs several times what using one again does."""
 
-_PAIRS, _AHEAD_CYCLES = 32, 1_000_000
-"""Empty pairs of events that are measured, and for how long the device is kept busy while the host records them."""
+_PAIRS = 32
+"""Empty pairs of events that are measured."""
+
+_AHEAD_CYCLES = 1_750_000
+"""For how long a device without work is kept busy while the host gets ahead of it: about a millisecond."""
 
 
 class Mark(NamedTuple):
@@ -78,14 +81,19 @@ class DeviceClock:
     """Measures calls by events on the current stream.
 
     Nothing here synchronizes except :meth:`finish`. A call takes two events; they come from a pool per device and
-    go back to it once read. Under graph capture no event is recorded, queried or waited for. The time between two
-    events includes waiting for the host when the device has nothing else to do.
+    go back to it once read. Under graph capture no event is recorded, queried or waited for.
+
+    Between the events of a call on a device that has nothing else to do lies what the host needs to launch it, which can be
+    many times the device's own time. A device found without work is therefore kept busy for about a millisecond, in which
+    the host gets some forty calls ahead: nothing waits for it but the device, which would have waited anyway, and a host
+    that asks for a value soon after. Where there is no such kernel (``torch.xpu``) the waiting is part of the time.
 
     Args:
         module: ``torch.cuda`` or ``torch.xpu``.
         timeline: told when each call ran.
 
     Attributes:
+        kept_busy: how often the device was.
         gap_ns: what lies between two events with no call between them on a busy device, which every measured length has
             too much; known after :meth:`finish`, 0 where it cannot be measured.
     """
@@ -93,11 +101,19 @@ class DeviceClock:
     def __init__(self, module: Any, timeline: Timeline) -> None:
         self._module, self._timeline = module, timeline
         self._device, self._stream, self._capturing, self._record, self._query, self._elapsed = _runtime(module)
+        self._keep_busy: Callable[[int], None] | None = getattr(module, "_sleep", None)
+        self._last: dict[int, Any] = {}
         self._initialized = False
+        self.kept_busy = 0
         self.gap_ns: int | None = None
         self._pools: dict[int, list[Any]] = {}
         self._origins: dict[int, tuple[Any, int]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def counts_waiting(self) -> bool:
+        """Whether what a device without work waits for the host is part of the time of calls."""
+        return self._keep_busy is None
 
     @classmethod
     def of(cls, target: Target, timeline: Timeline) -> DeviceClock | None:
@@ -126,7 +142,10 @@ class DeviceClock:
             origin = self._event(device)
             self._record(origin, stream)
             self._origins[device] = origin, time.perf_counter_ns()
-        event = self._event(device)
+        if self._keep_busy is not None and ((last := self._last.get(device)) is None or self._query(last)):
+            self._keep_busy(_AHEAD_CYCLES)
+            self.kept_busy += 1
+        event = self._last[device] = self._event(device)
         self._record(event, stream)
         return Mark(event, device, stream)
 
@@ -138,7 +157,7 @@ class DeviceClock:
         if self._capturing():  # the call itself began the capture
             self.give_back(mark)
             return
-        end = self._event(mark.device)
+        end = self._last[mark.device] = self._event(mark.device)
         self._record(end, mark.stream)
         pending.append(Pending(mark, end, row, index))
         if len(pending) >= HARVEST_AT:
@@ -181,13 +200,12 @@ class DeviceClock:
 
     def _gap(self) -> int:
         """The median time in ns between two events one after the other, while the device has other work to do first."""
-        keep_busy = getattr(self._module, "_sleep", None)
-        if keep_busy is None:
+        if self._keep_busy is None:
             return 0
         device = self._device()
         stream = self._stream(device)
         events = [self._event(device) for _ in range(_PAIRS + 1)]
-        keep_busy(_AHEAD_CYCLES)
+        self._keep_busy(_AHEAD_CYCLES)
         for event in events:
             self._record(event, stream)
         self._module.synchronize(device)

@@ -340,7 +340,11 @@ class Recorder:
             notes.append("a graph is being captured: calls still under way on the device are not timed in this report")
         timed_records = [r for r in records if r.device_s is not None and r.decision in COMPUTE]
         device_s = sum(r.device_s or 0.0 for r in timed_records)
-        if device_s and sum(r.host_s for r in timed_records) > 0.8 * device_s:
+        clock = self._clock
+        if clock is not None and clock.kept_busy:
+            notes.append(f"the device had nothing to do {clock.kept_busy} times and was kept busy for about a millisecond each, so that "
+                         "what it waits for the host is not taken for a call's time: the block took longer by it")
+        if device_s and clock is not None and clock.counts_waiting and sum(r.host_s for r in timed_records) > 0.8 * device_s:
             notes.append("the host is about as slow as the device here: device time is taken between two events around each call, and "
                          "includes what the device waited for the launch")
         if any(r.inputs == ("(various)",) for r in records):
