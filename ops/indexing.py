@@ -575,6 +575,10 @@ def sum_rows_kernel(p_grad, p_count, p_start, p_order, p_out, limit, width, grad
     tl.store(p_out + (o_v * width)[:, None] + x[None, :], acc.to(p_out.dtype.element_ty), mask=m_v[:, None] & m_x[None, :])
 
 
+MANY_FOR_A_ROW = 128
+"""Indices for each row of an embedding, on average, above which a row's gradients are too many for one program in turn."""
+
+
 @planned("aten.embedding_dense_backward.default", [dtype(*FLOAT, arg="grad_output"), dtype(*INDEX, arg="indices")],
          family="indexing", kernel=sum_rows_kernel)
 def embedding_dense_backward(call: Call) -> Plan:
@@ -587,6 +591,8 @@ def embedding_dense_backward(call: Call) -> Plan:
         raise Decline("a gradient or indices that are not contiguous")
     if n > MAX_RANKED:
         raise Decline(f"{n} indices; at most {MAX_RANKED} are ranked against each other")
+    if n > MANY_FOR_A_ROW * limit:
+        raise Decline(f"{n} indices of {limit} rows: one program would add up all of a row's")
     shape = (limit, width)
     alloc = Alloc(shape, contiguous_strides(shape), grad.dtype)
     metas = {Arg(0): grad, Arg(1): indices}
