@@ -327,6 +327,14 @@ def _value(op: Any, args: tuple[Any, ...]) -> Any:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1 + 0j if dtype.is_complex else 1
 
 
+def _forget_constants(args: tuple[Any, ...]) -> None:
+    """Fake tensors made of a number know it, until they are written to; not all versions of PyTorch see that for lists."""
+    for arg in args:
+        for t in arg if arg.__class__ in (list, tuple) else ():
+            if isinstance(t, FakeTensor):
+                t.constant = None
+
+
 def _laid_out_by(grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """A tensor like ``grad`` in the layout that convolutions of ``tensors``, input and weight, have.
 
@@ -458,6 +466,8 @@ class DryRun:
         if name == "convolution_backward" and args[0].is_meta:
             args = (_laid_out_by(args[0], args[1:3]), *args[1:])
         if name not in _VALUES:
+            if op._schema.is_mutable:
+                _forget_constants(args)
             return run(*args, **kwargs)
         if not args[0].is_meta:
             try:

@@ -259,6 +259,14 @@ def test_the_command_takes_an_unchanged_script(tmp_path: Path, capsys: pytest.Ca
     assert main(["report", "--dry-run", "--dtype", "i64", str(script)]) == 2
 
 
+def test_numbers_that_fake_tensors_know_end_when_they_are_written() -> None:
+    """An optimizer's steps start as 0, are counted up in a list, and are divided by."""
+    with FakeTensorMode(), GemsMode(dry_run=H200):
+        known, counted = torch.tensor(3.0), torch.tensor(0.0)
+        torch._foreach_add_([counted], 1)
+        assert known.item() == 3 and counted.item() != 0
+
+
 def test_the_gpu_agrees_with_its_dry_run(device: str) -> None:
     skip_without_cuda(device)
     f = nn.functional

@@ -311,9 +311,11 @@ def test_the_command_finds_an_error_and_writes_a_reproducer(tmp_path: Path, caps
     (tmp_path / "my_rule.py").write_text(RULE)
     script = tmp_path / "train.py"
     script.write_text("import my_rule, torch\nx = torch.randn(4, 40)[:, ::2]\ntorch.nn.functional.silu(x)\nprint('end')\n")
-    with pytest.warns(MismatchWarning, match="bad_silu"):
-        code = main(["verify", "--reproducers", str(tmp_path / "wrong"), str(script)])
-    gemsmode.registry.default.remove("bad_silu")
+    try:
+        with pytest.warns(MismatchWarning, match="bad_silu"):
+            code = main(["verify", "--reproducers", str(tmp_path / "wrong"), str(script)])
+    finally:
+        gemsmode.registry.default.remove("bad_silu")
     out = capsys.readouterr().out
     assert code == 1 and "end" in out and "bad_silu" in out and "1 do not, of 1 overload" in out
     reproducer = tmp_path / "wrong" / "silu-bad_silu" / "reproduce.py"
