@@ -291,9 +291,19 @@ def test_out(case: Case) -> None:
 
                 def check(tree: Any = tree, call: Any = call, expected: Any = expected, error: Any = error,
                           results: Any = results, plain: Any = plain) -> None:
-                    if error is not None:
+                    if error is not None and not (harness.OPTIONS.device == "cuda" and info.name in OUT_REFUSED_ON_GPU):
                         with pytest.raises(type(error)):
                             under_mode(call, harness.own_memory(tree))
+                        return
+                    if error is not None:
+                        try:
+                            outcome = under_mode(call, harness.own_memory(tree))
+                        except type(error):
+                            return
+                        tally(outcome.calls)
+                        for got, wanted in zip(harness.tree_leaves(outcome.result[1]), harness.tree_leaves(results), strict=True):
+                            low = wanted.to(got.dtype)
+                            compare("out", got.contiguous(), low.contiguous(), None, kind)
                         return
                     outcome = under_mode(call, harness.own_memory(tree))
                     tally(outcome.calls)
@@ -309,6 +319,10 @@ def test_out(case: Case) -> None:
     failures.done()
     if not ran:
         pytest.skip("no samples")
+
+
+OUT_REFUSED_ON_GPU = {"native_batch_norm": "PyTorch's CUDA kernel (2.11) refuses some out= that its other kernels convert to"}
+"""Ops whose rule may fill an out= on a GPU where PyTorch raises: what it fills in is compared with the call without out=."""
 
 
 def compare_out(part: str, got: Any, native: Any, dtype: torch.dtype, kind: str, values: bool, exact: Any) -> None:

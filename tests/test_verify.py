@@ -199,6 +199,7 @@ TF32 = {
 @pytest.mark.parametrize("name", TF32)
 def test_tf32_is_tolerated_where_it_is_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op, function, program = TF32[name]
+    monkeypatch.setenv("GEMSMODE_SLOWER", "serve")
     # The CPU stands for the GPU: the same question, of another device.
     asked = gemsmode.verify.may_be_tf32
     monkeypatch.setattr(gemsmode.verify, "may_be_tf32", lambda name, dtype, _: asked(name, dtype, "cuda"))
