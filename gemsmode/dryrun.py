@@ -327,12 +327,27 @@ def _value(op: Any, args: tuple[Any, ...]) -> Any:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1 + 0j if dtype.is_complex else 1
 
 
-def _forget_constants(args: tuple[Any, ...]) -> None:
-    """Fake tensors made of a number know it, until they are written to; not all versions of PyTorch see that for lists."""
-    for arg in args:
-        for t in arg if arg.__class__ in (list, tuple) else ():
+def _forget_constants(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What is known of the tensors that a call writes ends there, where the call does not compute it.
+
+    Fake tensors made of a number know it, until they are written to; not all versions of PyTorch see that, of lists for one.
+    A number on the host that is written from meta tensors would stay what it was: it becomes 1, as what is read of the meta
+    device (:func:`_value`). An optimizer divides by its count of steps, which starts as 0.
+    """
+    unknown = any(t.is_meta or isinstance(t, FakeTensor) for t in (*_tensors(args), *_tensors(tuple(kwargs.values()))))
+    if not unknown:
+        return
+    parameters = op._schema.arguments
+    given = [*zip(parameters, args), *[(p, kwargs[p.name]) for p in parameters[len(args):] if p.name in kwargs]]
+    for parameter, value in given:
+        if parameter.alias_info is None or not parameter.alias_info.is_write:
+            continue
+        for t in _tensors(value):
             if isinstance(t, FakeTensor):
                 t.constant = None
+            elif not t.is_meta and not t.ndim:
+                with torch.no_grad():
+                    t.data.fill_(1)
 
 
 def _laid_out_by(grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -467,7 +482,7 @@ class DryRun:
             args = (_laid_out_by(args[0], args[1:3]), *args[1:])
         if name not in _VALUES:
             if op._schema.is_mutable:
-                _forget_constants(args)
+                _forget_constants(op, args, kwargs)
             return run(*args, **kwargs)
         if not args[0].is_meta:
             try:
@@ -554,9 +569,10 @@ class OnMeta(TorchFunctionMode):
         if func in (torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.xpu):
             return args[0].to("meta")
         if func is torch.tensor or func is torch.as_tensor:
-            # The meta device has no use for their data. A number on no device is one on the host, as optimizers keep them.
+            # The meta device has no use for their data. A number on no device is one on the host, as optimizers keep them, and
+            # so is what they add to it.
             made = func(*args, **{**kwargs, "device": "cpu"})
-            on_host = kwargs.get("device") is None and not made.ndim
+            on_host = not made.ndim and torch.device(kwargs.get("device") or "cpu").type == "cpu"
             return made if on_host else torch.empty_like(made, device="meta", requires_grad=made.requires_grad)
         if func in _device_constructors():
             kwargs["device"] = "meta"

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gemsmode
 from gemsmode import DryRunError, GemsMode, demo
 from gemsmode.cli import main
-from gemsmode.dryrun import Memory, target_of
+from gemsmode.dryrun import Memory, OnMeta, target_of
 from gemsmode.target import INTERPRETER, Target
 from gemsmode.tracing import Report
 
@@ -265,6 +265,33 @@ def test_numbers_that_fake_tensors_know_end_when_they_are_written() -> None:
         known, counted = torch.tensor(3.0), torch.tensor(0.0)
         torch._foreach_add_([counted], 1)
         assert known.item() == 3 and counted.item() != 0
+
+
+@pytest.mark.parametrize("wrap", [FakeTensorMode, OnMeta])
+@pytest.mark.parametrize("spelling", ["add_", "add_ tensor", "add.out", "foreach scalar", "foreach tensor", "foreach meta", "list"])
+def test_steps_are_not_zero_however_they_are_counted(wrap: Any, spelling: str) -> None:
+    with wrap(), GemsMode(dry_run=H200):
+        step = torch.tensor(0.0)
+        count: dict[str, Any] = {
+            "add_": lambda: step.add_(1), "add_ tensor": lambda: step.add_(torch.tensor(1.0, device="cpu")),
+            "add.out": lambda: torch.add(step, 1, out=step), "foreach scalar": lambda: torch._foreach_add_([step], 1),
+            "foreach tensor": lambda: torch._foreach_add_([step], torch.tensor(1.0, device="cpu"), alpha=1.0),
+            "foreach meta": lambda: torch._foreach_add_([step], torch.ones((), device="cpu"), alpha=1.0),
+            "list": lambda: torch._foreach_add_([step], [torch.tensor(1.0)])}
+        count[spelling]()
+        assert step.item() == 1 and 1 - 0.9**step.item() > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_an_optimizers_steps(kind: Any, options: dict[str, Any]) -> None:
+    with OnMeta(), GemsMode(dry_run=H200) as mode:
+        weight = nn.Parameter(torch.ones(4, 4))
+        weight.grad = torch.ones(4, 4)
+        optimizer = kind([weight], **options)
+        for _ in range(2):
+            optimizer.step()
+    assert mode.report.compute
 
 
 def test_the_gpu_agrees_with_its_dry_run(device: str) -> None:
