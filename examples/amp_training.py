@@ -65,6 +65,11 @@ def main() -> None:
     for step, (a, b) in enumerate(zip(native, replaced)):
         print(f"step {step}: loss {a:.5f} natively, {b:.5f} under the mode")
     print(gems.report)
+    print("the scaler's and the optimizer's own kernels:")  # short ones, which the table above may leave out
+    for record in gems.report.compute:
+        if record.overload.startswith(("aten._amp_", "aten._fused_")):
+            print(f"  {record.overload.removeprefix('aten.').removesuffix('.default')} -> {record.rule or record.decision}, "
+                  f"{record.calls} calls")
 
 
 if __name__ == "__main__":
