@@ -509,19 +509,30 @@ MAX_RANKED = 1 << 15
 
 
 @triton.jit
-def rank_kernel(p_index, p_rank, p_count, n, limit, padding, BLOCK: tl.constexpr, INNER: tl.constexpr):
+def place_of(o, inner, outer_stride, inner_stride, FLAT: tl.constexpr):
+    """Where element ``o`` of a tensor of two dimensions, the last of size ``inner``, is; FLAT: of one."""
+    if FLAT:
+        place = o * inner_stride
+    else:
+        place = (o // inner) * outer_stride + (o % inner) * inner_stride
+    return place
+
+
+@triton.jit
+def rank_kernel(p_index, p_rank, p_count, n, limit, padding, inner, outer_stride, inner_stride, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+                INNER: tl.constexpr):
     """rank[i] = how many j < i have index[j] == index[i]; count[v] = how many there are in all. Grid: blocks of n."""
     i_block = tl.program_id(0)
     o = i_block * BLOCK + tl.arange(0, BLOCK)
     m = o < n
-    b_index = tl.load(p_index + o, mask=m, other=0)
+    b_index = tl.load(p_index + place_of(o, inner, outer_stride, inner_stride, FLAT), mask=m, other=0)
     wrong = m & ((b_index < 0) | (b_index >= limit))
     tl.device_assert(wrong == 0, "index out of bounds")
     m = m & (wrong == 0) & (b_index != padding)
     rank = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, tl.minimum(i_block * BLOCK + BLOCK, n), INNER):
         o_other = start + tl.arange(0, INNER)
-        b_other = tl.load(p_index + o_other, mask=o_other < n, other=-1)
+        b_other = tl.load(p_index + place_of(o_other, inner, outer_stride, inner_stride, FLAT), mask=o_other < n, other=-1)
         same = (b_index[:, None] == b_other[None, :]) & (o_other[None, :] < o[:, None])
         rank += tl.sum(same.to(tl.int32), 1)
     tl.store(p_rank + o, rank, mask=o < n)
@@ -540,24 +551,29 @@ def starts_kernel(p_count, p_start, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def order_kernel(p_index, p_rank, p_start, p_order, n, limit, padding, BLOCK: tl.constexpr):
+def order_kernel(p_index, p_rank, p_start, p_order, n, limit, padding, inner, outer_stride, inner_stride, FLAT: tl.constexpr,
+                 BLOCK: tl.constexpr):
     """order[start[index[i]] + rank[i]] = i. Grid: blocks of n."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
-    b_index = tl.load(p_index + o, mask=m, other=0)
+    b_index = tl.load(p_index + place_of(o, inner, outer_stride, inner_stride, FLAT), mask=m, other=0)
     m = m & (b_index >= 0) & (b_index < limit) & (b_index != padding)
     place = tl.load(p_start + b_index, mask=m, other=0) + tl.load(p_rank + o, mask=m, other=0)
     tl.store(p_order + place, o, mask=m)
 
 
 @triton.jit
-def sum_rows_kernel(p_grad, p_count, p_start, p_order, p_out, limit, width, grad_stride, COMPUTE: tl.constexpr, SCALE: tl.constexpr,
-                    WIDE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_X: tl.constexpr):
+def sum_rows_kernel(p_grad, p_count, p_start, p_order, p_out, limit, width, inner, outer_stride, inner_stride, column_stride,
+                    FLAT: tl.constexpr, COMPUTE: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr, BLOCK_V: tl.constexpr,
+                    BLOCK_X: tl.constexpr):
     """out[v, :] = the sum of grad[i, :] over the i of order[start[v] : start[v] + count[v]]. Grid: (blocks of v, of columns)."""
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     m_v = v < limit
     m_x = x < width
+    o_x = x * column_stride
+    if WIDE:
+        o_x = x.to(tl.int64) * column_stride
     count = tl.load(p_count + v, mask=m_v, other=0)
     start = tl.load(p_start + v, mask=m_v, other=0)
     acc = tl.zeros((BLOCK_V, BLOCK_X), COMPUTE)
@@ -566,7 +582,8 @@ def sum_rows_kernel(p_grad, p_count, p_start, p_order, p_out, limit, width, grad
         row = tl.load(p_order + start + k, mask=m_k, other=0)
         if WIDE:
             row = row.to(tl.int64)
-        acc += tl.load(p_grad + (row * grad_stride)[:, None] + x[None, :], mask=m_k[:, None] & m_x[None, :], other=0).to(COMPUTE)
+        o_row = place_of(row, inner, outer_stride, inner_stride, FLAT)
+        acc += tl.load(p_grad + o_row[:, None] + o_x[None, :], mask=m_k[:, None] & m_x[None, :], other=0).to(COMPUTE)
     if SCALE:
         acc = acc / tl.maximum(count, 1).to(COMPUTE)[:, None]
     o_v = v
@@ -579,6 +596,31 @@ MANY_FOR_A_ROW = 128
 """Indices for each row of an embedding, on average, above which a row's gradients are too many for one program in turn."""
 
 
+def _two_dimensions(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int, bool]:
+    """Two dimensions that are walked as ``shape`` is: the last one's size, both strides, and whether one is enough.
+
+    Raises:
+        Decline: it takes three.
+    """
+    found: list[tuple[int, int]] = []
+    for size, step in zip(shape, strides):
+        if size == 1:
+            continue
+        if found and found[-1][1] == size * step:
+            found[-1] = found[-1][0] * size, step
+        else:
+            found.append((size, step))
+    if len(found) > 2:
+        raise Decline("strides of more than two dimensions")
+    inner, along = found[-1] if found else (1, 1)
+    return inner, found[0][1] if len(found) == 2 else 0, along, len(found) < 2
+
+
+def reach(x: TensorMeta) -> int:
+    """How far from the first element of ``x`` its last one is."""
+    return sum((size - 1) * step for size, step in zip(x.shape, x.stride))
+
+
 @planned("aten.embedding_dense_backward.default", [dtype(*FLOAT, arg="grad_output"), dtype(*INDEX, arg="indices")],
          family="indexing", kernel=sum_rows_kernel)
 def embedding_dense_backward(call: Call) -> Plan:
@@ -587,8 +629,9 @@ def embedding_dense_backward(call: Call) -> Plan:
     width, n = grad.shape[-1], indices.numel
     if grad.shape[:-1] != indices.shape:
         raise Decline("the gradient's shape is not that of the indices and a row")
-    if not grad.is_contiguous or not indices.is_contiguous:
-        raise Decline("a gradient or indices that are not contiguous")
+    rows_of, index_of = _two_dimensions(grad.shape[:-1], grad.stride[:-1]), _two_dimensions(indices.shape, indices.stride)
+    if reach(indices) >= WIDE:
+        raise Decline("indices so far apart that their places take 64 bits")
     if n > MAX_RANKED:
         raise Decline(f"{n} indices; at most {MAX_RANKED} are ranked against each other")
     if n > MANY_FOR_A_ROW * limit:
@@ -606,16 +649,19 @@ def embedding_dense_backward(call: Call) -> Plan:
     columns = min(power_of_2(width), 1024 if interpreted else 128 * max(16 // grad.dtype.itemsize, 1))
     rows = min(power_of_2(limit), max((1 << 16) // columns, 1)) if interpreted else 1
     compute = tl.float64 if opmath(grad.dtype) == torch.float64 else tl.float32
-    wide = max(limit * width, grad.numel) >= WIDE
+    wide = max(limit * width, grad.numel, reach(grad)) >= WIDE
+    by_index, by_row = ((extent(inner), stride(outer), stride(along)) for inner, outer, along, _ in (index_of, rows_of))
+    flat_index, flat_rows = (("FLAT", found[3]) for found in (index_of, rows_of))
     launches = (
-        Launch(rank_kernel, (-(-n // block), 1, 1), (Arg(1), Out(3), Out(1), Size(n), Size(limit), Size(padding)),
-               Constants((("BLOCK", block), ("INNER", inner))), asserts=True),
+        Launch(rank_kernel, (-(-n // block), 1, 1), (Arg(1), Out(3), Out(1), Size(n), Size(limit), Size(padding), *by_index),
+               Constants((flat_index, ("BLOCK", block), ("INNER", inner))), asserts=True),
         Launch(starts_kernel, (1, 1, 1), (Out(1), Out(2), Size(limit)), Constants((("BLOCK", scan),)), 8),
-        Launch(order_kernel, (-(-n // block), 1, 1), (Arg(1), Out(3), Out(2), Out(4), Size(n), Size(limit), Size(padding)),
-               Constants((("BLOCK", block),))),
+        Launch(order_kernel, (-(-n // block), 1, 1), (Arg(1), Out(3), Out(2), Out(4), Size(n), Size(limit), Size(padding), *by_index),
+               Constants((flat_index, ("BLOCK", block)))),
         Launch(sum_rows_kernel, (-(-limit // rows), -(-width // columns), 1),
-               (Arg(0), Out(1), Out(2), Out(4), Out(0), Size(limit), extent(width), extent(width)),
-               Constants((("COMPUTE", compute), ("SCALE", bool(scale)), ("WIDE", wide), ("BLOCK_V", rows), ("BLOCK_X", columns)))),
+               (Arg(0), Out(1), Out(2), Out(4), Out(0), Size(limit), extent(width), *by_row, stride(grad.stride[-1])),
+               Constants((flat_rows, ("COMPUTE", compute), ("SCALE", bool(scale)), ("WIDE", wide), ("BLOCK_V", rows),
+                          ("BLOCK_X", columns)))),
     )
     moved = (limit * width + grad.numel) * grad.dtype.itemsize + n * indices.dtype.itemsize
     return Plan((alloc, count, start, rank, order), launches, Out(0), metas, bytes=moved)

@@ -60,6 +60,25 @@ def test_embedding_backward(dtype: torch.dtype, scale: bool, padding: int) -> No
     assert torch.equal(got, served(aten.embedding_dense_backward, grad, indices, 50, padding, scale)), "not the same at every run"
 
 
+@pytest.mark.parametrize("scale", [False, True])
+def test_embedding_backward_reads_by_strides(scale: bool) -> None:
+    """Positions are expanded over the batch, and the gradient of a sum is one number."""
+    device = current().device_type
+    many, grads = torch.randint(0, 50, (4, 35), device=device), torch.randn(4, 35, 2 * 24, device=device)
+    for indices in (many[:1].expand(4, 35), many[:, :1].expand(4, 35), many[0, 0].expand(4, 35),
+                    many.t().contiguous().t(), torch.stack((many, many), -1)[..., 0]):
+        for grad in (grads[..., :24], grads[..., ::2], grads[:1, :1, :24].expand(4, 35, 24), grads[0, 0, 0].expand(4, 35, 24),
+                     grads[:, :, :24].transpose(0, 1).contiguous().transpose(0, 1), grads[:1, :, :24].expand(4, 35, 24)):
+            expected = aten.embedding_dense_backward(grad.cpu().double(), indices.cpu(), 50, 3, scale)
+            got = served(aten.embedding_dense_backward, grad, indices, 50, 3, scale)
+            torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    deep = torch.randint(0, 50, (2, 3, 5), device=device).transpose(0, 1).transpose(1, 2)[:, ::2]
+    grad = torch.ones(*deep.shape, 8, device=device)
+    with GemsMode(trace=True) as mode:
+        aten.embedding_dense_backward(grad, deep, 50, -1, False)
+    assert not [r for r in mode.report.compute if r.decision == "rule"]
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
 def test_index_select_and_gather(dim: int) -> None:
     device = current().device_type
