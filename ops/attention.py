@@ -222,7 +222,7 @@ def forward_kernel(p_q, p_k, p_v, bias, p_out, lse, heads, group, m_size, n_size
         total = tl.where(empty, 1.0, total)
         top = tl.where(empty, 0.0, top)
     if len(lse) == 1:
-        sums = (top + tl.log2(total)) * LN2
+        sums = top * LN2 + tl.log(total)  # not the sum in base 2, which is larger, and would be rounded twice
         if SAFE:
             sums = tl.where(empty, EMPTY, sums)
         p_lse = lse[0] + i_b * lse_strides[0] + i_h * lse_strides[1] + i_split * lse_strides[3]

@@ -9,7 +9,9 @@ parts are added in a fixed order, so that results are the same from run to run. 
 Large products of 16-bit floats take the kernels of :mod:`gemsmode.ops.persistent` on GPUs that have what those need.
 
 Sums are accumulated in float32 (float64 for float64) and rounded once, after alpha, beta and the bias. float32 products
-follow ``torch.backends.cuda.matmul`` and ``torch.set_float32_matmul_precision``: IEEE unless TF32 is allowed.
+follow ``torch.backends.cuda.matmul`` and ``torch.set_float32_matmul_precision``: IEEE unless TF32 is allowed. One chain of
+sums over all of K would lose more than PyTorch's kernels do: IEEE products add up the sums of blocks of K. Operands are
+rounded to TF32 as cuBLAS rounds them, since ``tl.dot`` cuts them off. The parts of a float32 dot product are added in float64.
 
 Source: the definitions in PyTorch's documentation of ``torch.addmm``, ``torch.baddbmm``, ``torch.addmv``...; the order of
 tiles is that of Triton's tutorial on matrix multiplication (groups of rows share columns of b in the L2 cache).
@@ -55,18 +57,45 @@ def _scaled(b_acc, c, o_c, mask, scale, ACTIVATION: tl.constexpr):
     return ACTIVATION(b_acc)
 
 
+@triton.jit
+def rounded_to_tf32(x):
+    """float32 to the nearest number with a mantissa of 10 bits, halves away from zero; infinities and NaN as they are."""
+    bits = x.to(tl.int32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _added_product(b_a, b_b, b_acc, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BY_BLOCK: tl.constexpr):
+    """b_acc + b_a @ b_b. BY_BLOCK: b_a @ b_b is a sum of its own, so that no chain of sums is as long as K."""
+    if UPCAST:
+        b_a = b_a.to(ACC)
+        b_b = b_b.to(ACC)
+    if PRECISION == "tf32":
+        b_a = rounded_to_tf32(b_a)
+        b_b = rounded_to_tf32(b_b)
+    if BY_BLOCK:
+        # Not `+`, which the compiler makes the product's accumulator.
+        one = tl.full(b_acc.shape, 1.0, ACC)
+        b_acc = tl.fma(tl.dot(b_a, b_b, input_precision=PRECISION, out_dtype=ACC), one, b_acc)
+    else:
+        b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=ACC)
+    return b_acc
+
+
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s_c, ACC: tl.constexpr, PRECISION: tl.constexpr,
                 WIDE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                GROUP: tl.constexpr, EVICT: tl.constexpr, ACTIVATION: tl.constexpr):
+                GROUP: tl.constexpr, EVICT: tl.constexpr, ACTIVATION: tl.constexpr, BY_BLOCK: tl.constexpr):
     """One tile of one batch index over one part of K.
 
     Grid: (tiles * batch, parts of K). Strides: s_a (batch, m, k), s_b (batch, k, n), s_c (batch, m, n),
     s_out (batch, m, n, part); a part has k_blocks times BLOCK_K of K. UPCAST: for the interpreter, whose
     ``tl.dot`` takes bfloat16 for integers. EVICT: the eviction policy of b, where each of its elements is read once.
+    BY_BLOCK: each block of K is summed on its own.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -101,10 +130,7 @@ def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s
     for _ in range(0, full):
         b_a = tl.load(p_as, mask=m_m, other=0.0)  # [BLOCK_M, BLOCK_K]
         b_b = tl.load(p_bs, mask=m_n, other=0.0, eviction_policy=EVICT)  # [BLOCK_K, BLOCK_N]
-        if UPCAST:
-            b_a = b_a.to(ACC)
-            b_b = b_b.to(ACC)
-        b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=ACC)
+        b_acc = _added_product(b_a, b_b, b_acc, ACC, PRECISION, UPCAST, BY_BLOCK)
         p_as += step * s_a[2]
         p_bs += step * s_b[1]
     left = k_count - full * BLOCK_K
@@ -112,10 +138,7 @@ def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s
         m_k = tl.arange(0, BLOCK_K) < left
         b_a = tl.load(p_as, mask=m_m & m_k[None, :], other=0.0)
         b_b = tl.load(p_bs, mask=m_n & m_k[:, None], other=0.0, eviction_policy=EVICT)
-        if UPCAST:
-            b_a = b_a.to(ACC)
-            b_b = b_b.to(ACC)
-        b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=ACC)
+        b_acc = _added_product(b_a, b_b, b_acc, ACC, PRECISION, UPCAST, BY_BLOCK)
 
     mask = m_m & m_n
     o_c = i_batch * s_c[0] + o_m[:, None] * s_c[1] + o_n[None, :] * s_c[2]
@@ -125,12 +148,14 @@ def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s
 
 
 @triton.jit
-def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_c, ACC: tl.constexpr, WIDE: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr, ACTIVATION: tl.constexpr):
+def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_c, ACC: tl.constexpr, SUM: tl.constexpr,
+                  WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr,
+                  ACTIVATION: tl.constexpr):
     """BLOCK_M rows of a matrix by a vector, over one part of K.
 
     Grid: (blocks of rows * batch, parts of K). Strides: s_a (batch, m, k), s_v (batch, k), s_c (batch, m),
     s_out (batch, m, part); a part has k_blocks times BLOCK_K of K. EVICT: the eviction policy of the matrix.
+    A thread's sums are of dtype ACC, the sum of them all of dtype SUM.
     """
     blocks = tl.cdiv(m, BLOCK_M)
     i_block = tl.program_id(0)
@@ -154,7 +179,7 @@ def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_
         b_a = tl.load(p_block, mask=m_m[:, None] & m_k[None, :], other=0.0, eviction_policy=EVICT)  # [BLOCK_M, BLOCK_K]
         b_v = tl.load(p_vs + o_k * s_v[1], mask=m_k, other=0.0)  # [BLOCK_K]
         b_acc += b_a.to(ACC) * b_v.to(ACC)[None, :]
-    b_sum = tl.sum(b_acc, axis=1)
+    b_sum = tl.sum(b_acc.to(SUM), axis=1)
     b_sum = _scaled(b_sum, c, i_batch * s_c[0] + o_m * s_c[1], m_m, scale, ACTIVATION)
     o_out = i_batch * s_out[0] + i_part * s_out[2] + o_m * s_out[1]
     tl.store(p_out + o_out, b_sum.to(p_out.dtype.element_ty), mask=m_m)
@@ -418,7 +443,9 @@ def plan_product(call: Call, product: Product) -> Plan:
         strip, k_blocks = choose_strip(rows, k, batch, matrix.row == 1 and matrix.column != 1, call.target)
         parts = max(-(-k // (k_blocks * strip.k)), 1)
         grid = (-(-rows // strip.m) * batch, parts, 1)
-        constants = _constants(("ACC", acc), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k), ("EVICT", strip.evict),
+        if rows == 1 and dtype == torch.float32:
+            accumulated = torch.float64  # of the sums: a dot product is one sum, and PyTorch's a good tree
+        constants = _constants(("ACC", acc), ("SUM", TRITON[accumulated]), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k), ("EVICT", strip.evict),
                                ("ACTIVATION", at_once if parts == 1 else persistent.unchanged))
         warps, stages, kernel = strip.warps, 2, matvec_kernel
     else:
@@ -432,7 +459,7 @@ def plan_product(call: Call, product: Product) -> Plan:
         constants = _constants(("ACC", acc), ("PRECISION", "tf32" if kind == "tf32" else "ieee"), ("WIDE", wide),
                                ("UPCAST", call.target.interpreted), ("BLOCK_M", tile.m), ("BLOCK_N", tile.n), ("BLOCK_K", tile.k),
                                ("GROUP", GROUP), ("EVICT", tile.evict),
-                               ("ACTIVATION", at_once if parts == 1 else persistent.unchanged))
+                               ("ACTIVATION", at_once if parts == 1 else persistent.unchanged), ("BY_BLOCK", kind == "ieee"))
         warps, stages, kernel = tile.warps, tile.stages, gemm_kernel
     if grid[0] >= 2**31:
         raise Decline(f"{grid[0]} tiles: more than a grid can have")
@@ -455,7 +482,8 @@ def plan_product(call: Call, product: Product) -> Plan:
                 (left.batch, left.row, left.column), (right.batch, right.row, right.column), (c_batch, *s_c))
     launches = (Launch(kernel, grid, args, constants, warps, stages),) if grid[0] else ()
     if split:
-        launches += (_combine(call.target, product, count, parts * batch if product.summed else parts, acc),)
+        launches += (_combine(call.target, product, count, parts * batch if product.summed else parts,
+                              TRITON[accumulated]),)
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k)
 
 
