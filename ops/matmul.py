@@ -445,8 +445,8 @@ def plan_product(call: Call, product: Product) -> Plan:
         grid = (-(-rows // strip.m) * batch, parts, 1)
         if rows == 1 and dtype == torch.float32:
             accumulated = torch.float64  # of the sums: a dot product is one sum, and PyTorch's a good tree
-        constants = _constants(("ACC", acc), ("SUM", TRITON[accumulated]), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k), ("EVICT", strip.evict),
-                               ("ACTIVATION", at_once if parts == 1 else persistent.unchanged))
+        constants = _constants(("ACC", acc), ("SUM", TRITON[accumulated]), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k),
+                               ("EVICT", strip.evict), ("ACTIVATION", at_once if parts == 1 else persistent.unchanged))
         warps, stages, kernel = strip.warps, 2, matvec_kernel
     else:
         kind = _kind(a.meta.dtype, call.target)
