@@ -212,6 +212,7 @@ class OpHandler:
         # Where decisions are timed they are made one at a time: two would measure, or wait for, each other.
         self._lock = threading.RLock() if policy.chooser is None else policy.chooser.lock
         self.computes = computes(op)
+        self._by_name = tuple(p.name for p in parameters(op) if p.kwarg_only) if isinstance(op, OpOverload) else ()
         candidates = policy.registry.candidates(op) if isinstance(op, OpOverload) else ()
         self._candidates: list[tuple[Candidate, Predicate | None, Considered]] = []
         self._refused: list[Considered] = []
@@ -289,8 +290,10 @@ class OpHandler:
 
     def _key(self, args: tuple[Any, ...]) -> tuple:
         assert self.functions is not None
-        by_name = {p.name: a for p, a in zip(parameters(self.op), args) if p.kwarg_only}
-        return self.functions.key(*args[:len(args) - len(by_name)], **by_name)
+        if not self._by_name:
+            return self.functions.key(*args)
+        first = len(args) - len(self._by_name)
+        return self.functions.key(*args[:first], **dict(zip(self._by_name, args[first:])))
 
     def _miss(self, args: tuple[Any, ...], key: tuple | None) -> Callable[..., Any]:
         """What to run for a call whose key was not found (None: could not be built)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
@@ -18,8 +17,11 @@ HARVEST_AT = 256
 """Pairs of events under way, per thread, before finished ones are read (by a query, which does not wait). Few, since
 making an event costs several times what using one again does."""
 
-_PAIRS = 32
-"""Empty pairs of events that are measured."""
+_PAIRS = 24
+"""Pairs of events around kernels that do nothing, by which is measured what a pair adds."""
+
+_AHEAD = 8
+"""Calls by which the host must be ahead of the device, so that no call's events wait for its launch."""
 
 _AHEAD_CYCLES = 1_750_000
 """For how long a device without work is kept busy while the host gets ahead of it: about a millisecond."""
@@ -85,8 +87,8 @@ class DeviceClock:
 
     Between the events of a call on a device that has nothing else to do lies what the host needs to launch it, which can be
     many times the device's own time. A device found without work is therefore kept busy for about a millisecond, in which
-    the host gets some forty calls ahead: nothing waits for it but the device, which would have waited anyway, and a host
-    that asks for a value soon after. Where there is no such kernel (``torch.xpu``) the waiting is part of the time.
+    the host gets some forty calls ahead, and again when the host is no more than a few calls ahead: nothing waits for it but
+    the device, which would have waited anyway, and a host that asks for a value soon after. Where there is no such kernel (``torch.xpu``) the waiting is part of the time.
 
     Args:
         module: ``torch.cuda`` or ``torch.xpu``.
@@ -94,15 +96,15 @@ class DeviceClock:
 
     Attributes:
         kept_busy: how often the device was.
-        gap_ns: what lies between two events with no call between them on a busy device, which every measured length has
-            too much; known after :meth:`finish`, 0 where it cannot be measured.
+        gap_ns: what a pair of events adds to the kernel between them on a busy device, which every measured length has too
+            much; known after :meth:`finish`, 0 where it cannot be measured.
     """
 
     def __init__(self, module: Any, timeline: Timeline) -> None:
         self._module, self._timeline = module, timeline
         self._device, self._stream, self._capturing, self._record, self._query, self._elapsed = _runtime(module)
         self._keep_busy: Callable[[int], None] | None = getattr(module, "_sleep", None)
-        self._last: dict[int, Any] = {}
+        self._ahead: dict[int, deque[Any]] = {}
         self._initialized = False
         self.kept_busy = 0
         self.gap_ns: int | None = None
@@ -142,12 +144,24 @@ class DeviceClock:
             origin = self._event(device)
             self._record(origin, stream)
             self._origins[device] = origin, time.perf_counter_ns()
-        if self._keep_busy is not None and ((last := self._last.get(device)) is None or self._query(last)):
-            self._keep_busy(_AHEAD_CYCLES)
-            self.kept_busy += 1
-        event = self._last[device] = self._event(device)
+        event = self._event(device) if self._keep_busy is None else self._event_ahead(device)
         self._record(event, stream)
         return Mark(event, device, stream)
+
+    def _event_ahead(self, device: int) -> Any:
+        """An event to record, after the device was given something to do if the host is not far enough ahead of it."""
+        ahead = self._ahead.get(device)
+        if ahead is None:
+            ahead = self._ahead[device] = deque(maxlen=_AHEAD)
+        # The oldest of the last few calls, or, just after the device was kept busy, the newest: a value may have been asked for.
+        if not ahead or self._query(ahead[0] if len(ahead) == _AHEAD else ahead[-1]):
+            assert self._keep_busy is not None
+            self._keep_busy(_AHEAD_CYCLES)
+            self.kept_busy += 1
+            ahead.clear()
+        event = self._event(device)
+        ahead.append(event)
+        return event
 
     def stop(self, mark: Mark, pending: deque[Pending], row: Any, index: int) -> None:
         """Record an event after the call; its time goes to ``row`` and to place ``index`` of the timeline later."""
@@ -157,7 +171,7 @@ class DeviceClock:
         if self._capturing():  # the call itself began the capture
             self.give_back(mark)
             return
-        end = self._last[mark.device] = self._event(mark.device)
+        end = self._event(mark.device)
         self._record(end, mark.stream)
         pending.append(Pending(mark, end, row, index))
         if len(pending) >= HARVEST_AT:
@@ -199,16 +213,26 @@ class DeviceClock:
         return True
 
     def _gap(self) -> int:
-        """The median time in ns between two events one after the other, while the device has other work to do first."""
+        """What a pair of events adds to the kernel between them, in ns.
+
+        Two kernels that do nothing take longer between their events than one does by a kernel with its launch; what one
+        takes beyond that is the events'. The device has other work to do first, so that nothing waits for the host.
+        """
         if self._keep_busy is None:
             return 0
         device = self._device()
         stream = self._stream(device)
-        events = [self._event(device) for _ in range(_PAIRS + 1)]
-        self._keep_busy(_AHEAD_CYCLES)
-        for event in events:
-            self._record(event, stream)
-        self._module.synchronize(device)
-        lengths = sorted(self._elapsed(a, b) for a, b in itertools.pairwise(events))
-        self._pools.setdefault(device, []).extend(events)
-        return int(lengths[_PAIRS // 2] * 1e6)
+        lengths = []
+        for kernels in (1, 2):
+            pairs = [(self._event(device), self._event(device)) for _ in range(_PAIRS)]
+            self._keep_busy(_AHEAD_CYCLES)
+            for start, end in pairs:
+                self._record(start, stream)
+                for _ in range(kernels):
+                    self._keep_busy(0)
+                self._record(end, stream)
+            self._module.synchronize(device)
+            lengths.append(sorted(self._elapsed(start, end) for start, end in pairs)[_PAIRS // 2])
+            self._pools.setdefault(device, []).extend(event for pair in pairs for event in pair)
+        one, two = lengths
+        return max(0, int((2 * one - two) * 1e6))

@@ -256,7 +256,7 @@ class Recorder:
         assert self._clock is not None
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                if arg.device.type != self.target.device_type or arg.device.index != mark.device:
+                if arg.get_device() != mark.device:  # -1 for a tensor on the CPU
                     self._clock.give_back(mark)  # the events were on another device than the call
                     return
                 break
