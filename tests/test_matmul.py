@@ -478,8 +478,8 @@ def test_rounding_to_tf32(device: str) -> None:
 @pytest.mark.parametrize("sizes", [(16, 64, 2048), (129, 65, 2047), (70, 70, 4096)])
 def test_float32_sums_are_not_one_chain(sizes: tuple[int, int, int], device: str) -> None:
     m, n, k = sizes
-    generator = torch.Generator().manual_seed(3)
-    a, b = torch.randn(m, k, generator=generator).to(device), torch.randn(k, n, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(3)
+    a, b = torch.randn(m, k, generator=generator, device="cpu").to(device), torch.randn(k, n, generator=generator, device="cpu").to(device)
     exact = a.double() @ b.double()
     with GemsMode(strict=True):
         result = a @ b
@@ -502,8 +502,8 @@ def test_float32_products_are_summed_by_blocks_on_a_gpu() -> None:
 def test_dot_is_as_precise_as_a_tree(n: int, device: str) -> None:
     if n > 2**16 and device == "cpu":
         pytest.skip("the interpreter's blocks are smaller, so that its chains of sums are longer than a GPU's")
-    generator = torch.Generator().manual_seed(4)
-    x, y = torch.randn(16, n, generator=generator).to(device), torch.randn(16, n, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(4)
+    x, y = torch.randn(16, n, generator=generator, device="cpu").to(device), torch.randn(16, n, generator=generator, device="cpu").to(device)
     with GemsMode(strict=True):
         results = [torch.dot(a, b) for a, b in zip(x, y)]
     wrong = torch.stack([r.double() - a.double() @ b.double() for r, a, b in zip(results, x, y)])

@@ -87,8 +87,9 @@ class DeviceClock:
 
     Between the events of a call on a device that has nothing else to do lies what the host needs to launch it, which can be
     many times the device's own time. A device found without work is therefore kept busy for about a millisecond, in which
-    the host gets some forty calls ahead, and again when the host is no more than a few calls ahead: nothing waits for it but
-    the device, which would have waited anyway, and a host that asks for a value soon after. Where there is no such kernel (``torch.xpu``) the waiting is part of the time.
+    the host gets some forty calls ahead, and again when the host is no more than a few calls ahead: nothing waits for it
+    but the device, which would have waited anyway, and a host that asks for a value soon after. Where there is no such
+    kernel (``torch.xpu``) the waiting is part of the time.
 
     Args:
         module: ``torch.cuda`` or ``torch.xpu``.
