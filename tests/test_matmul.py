@@ -503,7 +503,7 @@ def test_dot_is_as_precise_as_a_tree(n: int, device: str) -> None:
     if n > 2**16 and device == "cpu":
         pytest.skip("the interpreter's blocks are smaller, so that its chains of sums are longer than a GPU's")
     generator = torch.Generator("cpu").manual_seed(4)
-    x, y = torch.randn(16, n, generator=generator, device="cpu").to(device), torch.randn(16, n, generator=generator, device="cpu").to(device)
+    x, y = torch.randn(2, 16, n, generator=generator, device="cpu").to(device)
     with GemsMode(strict=True):
         results = [torch.dot(a, b) for a, b in zip(x, y)]
     wrong = torch.stack([r.double() - a.double() @ b.double() for r, a, b in zip(results, x, y)])
