@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
+from torch._C import _dispatch_keys, _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
 from torch._ops import OpOverload
 
 from gemsmode import plan as plans_module
@@ -411,7 +411,7 @@ class OpHandler:
                 raise Decline("a CPU scalar tensor among the arguments")
             return Decided(Decision("rule", rule.name, None, considered), self._simple(rule.implementation, variant))
         plan = rule.implementation(call)
-        if target.device_type != "cpu" and any(m.device.type == "cpu" for m in plan.metas.values()):
+        if target.device_type != "cpu" and any([m.device.type == "cpu" for m in plan.metas.values()]):
             raise Decline("a CPU scalar tensor among the arguments")
         decision = Decision("rule", rule.name, None, considered, plan.bytes, plan.flops)
         finish: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
@@ -688,28 +688,31 @@ _plain_keys: set[int] = set()
 """The dispatch keys of tensors found to be plain: the keys tell every exotic kind, so those seen need no second look."""
 
 
-def _exotic(args: tuple[Any, ...]) -> str:
+def _exotic(args: Sequence[Any]) -> str:
     """Why these arguments are not for kernels, whatever their metadata: sparse, quantized, functorch-wrapped..."""
     for arg in args:
-        for t in arg if arg.__class__ in (list, tuple) else (arg,):
-            if not isinstance(t, torch.Tensor):
-                continue
-            keys = torch._C._dispatch_keys(t).raw_repr()
-            if keys in _plain_keys:
-                continue
-            if t.layout != torch.strided:
-                return f"layout {str(t.layout).removeprefix('torch.')}"
-            if t.is_quantized:
-                return "quantized tensor"
-            if t.is_nested:
-                return "nested tensor"
-            if torch._C._functorch.is_functorch_wrapped_tensor(t):
-                return "functorch-wrapped tensor"
-            if t.is_neg():
-                return "lazily negated tensor"
-            if t._is_zerotensor():
-                return "zero tensor without storage"
-            if torch._is_functional_tensor(t):
-                return "functional tensor"
-            _plain_keys.add(keys)
+        if isinstance(arg, torch.Tensor):
+            keys = _dispatch_keys(arg).raw_repr()
+            if keys not in _plain_keys:
+                if reason := _why_exotic(arg):
+                    return reason
+                _plain_keys.add(keys)
+        elif arg.__class__ in (list, tuple) and (reason := _exotic(arg)):
+            return reason
     return ""
+
+
+def _why_exotic(t: torch.Tensor) -> str:
+    if t.layout != torch.strided:
+        return f"layout {str(t.layout).removeprefix('torch.')}"
+    if t.is_quantized:
+        return "quantized tensor"
+    if t.is_nested:
+        return "nested tensor"
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return "functorch-wrapped tensor"
+    if t.is_neg():
+        return "lazily negated tensor"
+    if t._is_zerotensor():
+        return "zero tensor without storage"
+    return "functional tensor" if torch._is_functional_tensor(t) else ""

@@ -287,12 +287,9 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         run = _bind_generic(plan, target.device_type, empty, native, [functools.partial(launch.interpreted_launch, s, step.grid)
                                                    for s, step in zip(specs(plan), plan.launches)])
         return _bind_checked(plan, run, native) if plan.aligned else run
-    several_devices = torch.cuda.device_count() > 1
-    returns = plan.returns
-    flat: list[Any] = [arity, device, id(target), plan.aligned]
-    values: list[Any] = []
     returned: list[Any] = []
-    flat.append(_walk_returns(returns, returned))
+    flat: list[Any] = [arity, device, id(target), plan.aligned, _poisoned, _walk_returns(plan.returns, returned)]
+    values: list[Any] = []
     for rule in plan.disjoint:
         flat.append(rule[:2] + rule[4:])
         values += rule[2:4]
@@ -301,28 +298,21 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         values += alloc[:3]
     for ref, meta in plan.metas.items():
         flat += (ref, meta.dtype)
-    at_launch = []
     for step in plan.launches:
-        flat += (id(step.kernel), step.constants, step.num_warps, step.num_stages, step.asserts)
-        at_launch.append(len(values))
-        values += step.grid
-        _walk(plan, step.args, flat, values)
+        kernel, grid, args, *rest = step
+        flat += (id(kernel), *rest)
+        values += grid
+        _walk(plan, args, flat, values)
     values += returned
     key = tuple(flat)
     ready = _ready.get(key)
     if ready is None:
-        ready = _ready[key] = _make_ready(plan, target, arity, device, several_devices)
-    factory, entries, _ = ready
-    unaligned = native if plan.aligned else _Later(lambda: _bind_public(plan, target, device, empty, native, aligned=False))
-    public = _Later(lambda: _bind_public(plan, target, device, empty, native))
+        ready = _ready[key] = _make_ready(plan, target, arity, device, empty)
+    factory, fixed, _, _ = ready
+    public = _Public(plan, target, device, empty, native)
     if factory is None:
-        return _bind_checked(plan, public, unaligned)
-    for position, (_, e) in zip(reversed(at_launch), reversed(entries)):
-        values[position:position] = (e.function,)
-        values[position + 4:position + 4] = e.before
-    enter_hooks, exit_hooks = launch.hook_lists()
-    return factory(empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, enter_hooks, exit_hooks,
-                   public, unaligned, native, _number, _draw, _host, target.device_type, torch.uint8, *values)
+        return _bind_checked(plan, functools.partial(public, True), native if plan.aligned else functools.partial(public, False))
+    return factory(public, native, *launch.hook_lists(), *fixed, *values)
 
 
 _MAX_SECOND_STAGES = 32
@@ -354,11 +344,11 @@ def _bind_staged(plan: Plan, then: Callable[[list[int]], Plan], target: Target, 
     return run
 
 
-_Ready = tuple["Callable[..., Callable[..., Any]] | None", "list[tuple[Spec, Any]]", Target]
+_Ready = tuple["Callable[..., Callable[..., Any]] | None", tuple[Any, ...], Target, list[Spec]]
 
 _ready: dict[tuple[Any, ...], _Ready] = {}
-"""By all of a plan but its sizes: the factory of the assembled function (None: the public way), its kernels, and the
-target (which, like the kernels, is in the key by its id and so must stay alive)."""
+"""By all of a plan but its sizes: the factory of the assembled function (None: the public way), what all such plans give
+it, and target and specs (target and kernels are in the key by their ids and so must stay alive)."""
 
 
 def _walk(plan: Plan, args: tuple[Any, ...], flat: list[Any], values: list[Any]) -> None:
@@ -369,12 +359,13 @@ def _walk(plan: Plan, args: tuple[Any, ...], flat: list[Any], values: list[Any])
             flat.append(integer_type(value))
             values.append(value)
         elif cls is Size:
-            number = value.value
-            flat.append("n" if -2**31 <= number < 2**31 else "N")
+            number, = value
+            flat.append("n" if -0x80000000 <= number < 0x80000000 else "N")
             values.append(number)
         elif cls is tuple:
-            flat.append(-1 - len(value))
-            _walk(plan, value, flat, values)
+            flat.append(~len(value))
+            if value:
+                _walk(plan, value, flat, values)
         elif cls is float:
             flat.append(float)
             values.append(value)
@@ -396,19 +387,22 @@ def _walk_returns(returns: Any, values: list[Any]) -> Any:
     return tuple([_walk_returns(r, values) for r in returns]) if cls is tuple else returns
 
 
-def _make_ready(plan: Plan, target: Target, arity: int, device: int, several_devices: bool) -> _Ready:
+def _make_ready(plan: Plan, target: Target, arity: int, device: int, empty: Callable[..., torch.Tensor]) -> _Ready:
     wanted = specs(plan)
     entries = [launch.entry(launch.compile(s, target, device), s) for s in wanted]
-    pairs = list(zip(wanted, entries))
     if None in entries or target.device_type != "cuda":
-        return None, pairs, target
-    text = _text(plan, wanted, entries, arity, several_devices)
+        return None, (), target, wanted
+    text = _text(plan, wanted, entries, arity, torch.cuda.device_count() > 1)
     factory = _factories.get(text)
     if factory is None:
         scope: dict[str, Any] = {}
         exec(compile(text, "<gemsmode plan>", "exec"), scope)
         factory = _factories[text] = scope["make"]
-    return factory, pairs, target
+    fixed = [empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, _number, _draw, _host, target.device_type,
+             torch.uint8]
+    for e in entries:
+        fixed += (e.function, *e.before)
+    return factory, tuple(fixed), target, wanted
 
 
 def _bind_checked(plan: Plan, run: Callable[..., Any], unaligned: Callable[..., Any]) -> Callable[..., Any]:
@@ -424,17 +418,22 @@ def _bind_checked(plan: Plan, run: Callable[..., Any], unaligned: Callable[..., 
     return checked
 
 
-class _Later:
-    """A function that is built when it is first called."""
+class _Public:
+    """Runs a plan the public way, with kernels for aligned tensors or for any; each is made when it is first called."""
 
-    def __init__(self, build: Callable[[], Callable[..., Any]]) -> None:
-        self._build = build
-        self._run: Callable[..., Any] | None = None
+    __slots__ = ("_given", "_made")
 
-    def __call__(self, *args: Any) -> Any:
-        if self._run is None:
-            self._run = self._build()
-        return self._run(*args)
+    def __init__(self, *given: Any) -> None:
+        self._given = given
+        self._made: dict[bool, Callable[..., Any]] | None = None
+
+    def __call__(self, aligned: bool, *args: Any) -> Any:
+        if self._made is None:
+            self._made = {}
+        run = self._made.get(aligned)
+        if run is None:
+            run = self._made[aligned] = _bind_public(*self._given, aligned)
+        return run(*args)
 
 
 def _bind_public(plan: Plan, target: Target, device: int, empty: Callable[..., torch.Tensor],
@@ -589,13 +588,15 @@ def _returned(returns: Any, names: _Names) -> str:
 
 def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int, several_devices: bool) -> str:
     names = _Names()
+    fixed: list[str] = []
     given = ", ".join(f"a{i}" for i in range(arity))
     lines = [f"def run({given}):"]
     lines += [f"    {_pointer(ref)} = {_at(ref)}.data_ptr()" for ref in plan.metas]
     away = " or current_device() != device" if several_devices else ""
-    lines += [f"    if enter_hooks or exit_hooks{away}:", f"        return public({given})"]
+    lines += [f"    if enter_hooks or exit_hooks{away}:", f"        return public(True, {given})"]
     if plan.metas:
-        lines += [f"    if ({' | '.join(_pointer(ref) for ref in plan.metas)}) & 15:", f"        return unaligned({given})"]
+        unaligned = f"native({given})" if plan.aligned else f"public(False, {given})"
+        lines += [f"    if ({' | '.join(_pointer(ref) for ref in plan.metas)}) & 15:", f"        return {unaligned}"]
     for rule in plan.disjoint:
         w, r = _pointer(rule.written), _pointer(rule.read)
         differ = f"{w} != {r} and " if rule.same else ""
@@ -613,10 +614,12 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
     if plan.launches:
         lines.append("    stream = stream_of(device)")
     for i, (step, spec, e) in enumerate(zip(plan.launches, wanted, entries)):
-        function, *grid = names(), names(), names(), names()
+        grid = names(), names(), names()
         if e.scratch:
             lines.append(f"    scratch{i} = empty(({' * '.join(grid)} * {e.scratch},), (1,), uint8)")
-        before = [f"scratch{i}.data_ptr()" if value is launch.SCRATCH else name for name, value in [(names(), b) for b in e.before]]
+        function, *before = [f"f{i}_{j}" for j in range(1 + len(e.before))]
+        fixed += (function, *before)
+        before = [f"scratch{i}.data_ptr()" if value is launch.SCRATCH else name for name, value in zip(before, e.before)]
         head = f"{function}({', '.join((*grid, 'stream', *before))}, "
         if e.nested:
             runtime, _ = launch.split_parameters(spec.kernel)
@@ -625,9 +628,8 @@ def _text(plan: Plan, wanted: Sequence[Spec], entries: Sequence[Any], arity: int
         else:
             lines.append(f"    {head}({''.join(_argument(v, names, False) for v in step.args)}))")
     lines.append(f"    return {_returned(plan.returns, names)}")
-    values = "".join(f", v{i}" for i in range(names.count))
-    given = ("empty, stream_of, current_device, device, enter_hooks, exit_hooks, public, unaligned, native, number, draw, host, "
-             f"device_type, uint8{values}")
+    given = ", ".join(["public, native, enter_hooks, exit_hooks, empty, stream_of, current_device, device, number, draw, host",
+                       "device_type, uint8", *fixed, *[f"v{i}" for i in range(names.count)]])
     return (f"def make({given}):\n"
             + "".join(f"    {line}\n" for line in lines) + "    return run\n")
 

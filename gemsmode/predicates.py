@@ -96,7 +96,20 @@ def dtype(*dtypes: torch.dtype, arg: str | None = None) -> Predicate:
     """Every tensor's dtype is one of ``dtypes``."""
     allowed = frozenset(dtypes)
     names = "{" + ", ".join(dtype_name(d) for d in dtypes) + "}"
-    return per_tensor(f"dtype in {names}", lambda m: m.dtype in allowed, lambda m: f"{dtype_name(m.dtype)} is not in {names}", arg)
+    found = per_tensor(f"dtype in {names}", lambda m: m.dtype in allowed, lambda m: f"{dtype_name(m.dtype)} is not in {names}", arg)
+    if arg is not None:
+        return found
+
+    def test(call: Call) -> Answer:
+        for value in call.args:
+            if value.__class__ is TensorMeta:
+                if value.dtype not in allowed:
+                    return found(call)
+            elif value.__class__ in (list, tuple):
+                return found(call)
+        return True, ""
+
+    return Predicate(found.text, test)
 
 
 def ndim(*dims: int, arg: str | None = None) -> Predicate:

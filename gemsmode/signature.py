@@ -43,7 +43,7 @@ class TensorMeta(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorMeta:
-        return cls(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.device)
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
 
     @property
     def ndim(self) -> int:
@@ -134,6 +134,12 @@ def parameters(op: OpOverload) -> tuple[Parameter, ...]:
     return tuple(result)
 
 
+@functools.cache
+def _places(op: OpOverload) -> dict[str, int]:
+    """The place of each argument of ``op`` by its name."""
+    return {p.name: i for i, p in enumerate(parameters(op))}
+
+
 class Call:
     """One call as a rule sees it: metadata only, every argument of the schema in its place, defaults filled in.
 
@@ -143,15 +149,15 @@ class Call:
         outs: the tensors to be written when the call is an in-place or ``out=`` variant, else None.
         inplace: True if ``outs`` are also inputs.
         target: what the plan will run on.
-        common: the promoted dtype, once a rule's predicate has worked it out for its planner.
+        noted: what a rule's predicate has worked out for its planner.
     """
 
-    __slots__ = ("args", "common", "inplace", "op", "outs", "target")
+    __slots__ = ("args", "inplace", "noted", "op", "outs", "target")
 
     def __init__(self, op: OpOverload, args: Sequence[Any], target: Target,
                  outs: tuple[TensorMeta, ...] | None = None, inplace: bool = False) -> None:
         self.op, self.args, self.target, self.outs, self.inplace = op, tuple(args), target, outs, inplace
-        self.common: torch.dtype | None = None
+        self.noted: Any = None
 
     @property
     def tensors(self) -> Iterator[TensorMeta]:
@@ -165,10 +171,15 @@ class Call:
                         yield item
 
     def __getitem__(self, name: str) -> Any:
-        for parameter, arg in zip(parameters(self.op), self.args):
-            if parameter.name == name:
-                return arg
-        raise KeyError(f"{self.op} has no argument {name!r}; it has {[p.name for p in parameters(self.op)]}")
+        place = _places(self.op).get(name)
+        if place is None:
+            raise KeyError(f"{self.op} has no argument {name!r}; it has {[p.name for p in parameters(self.op)]}")
+        return self.args[place]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument called ``name``, or ``default`` if the op has none."""
+        place = _places(self.op).get(name)
+        return default if place is None else self.args[place]
 
     def __str__(self) -> str:
         inner = ", ".join("[" + ", ".join(map(str, a)) + "]" if a.__class__ in (list, tuple) else str(a) for a in self.args)

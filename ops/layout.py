@@ -158,6 +158,8 @@ class Loops(NamedTuple):
 
 def merge(shape: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> Loops:
     """Sort the dimensions by the operands' strides, the first operand's (an output's) first, and merge what is one run."""
+    if len(shape) == 1 and shape[0] != 1:
+        return Loops(shape, tuple(operands))
     by_dimension = list(zip(*operands))
     sizes: list[int] = []
     columns: list[tuple[int, ...]] = []

@@ -198,8 +198,7 @@ MAX_DIMS = 6
 # -- launch choice -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """A program's share: ``x`` by ``y`` elements (``y`` is 1 for the one-dimensional kernels), and its warps."""
 
     x: int
@@ -308,10 +307,17 @@ def _how(kinds: tuple[tuple[int, torch.dtype, torch.dtype], ...]) -> tuple[Any, 
     return tuple((kind, TRITON[common], TRITON[compute]) for kind, common, compute in kinds)
 
 
-@functools.cache
+_made: dict[tuple[Any, ...], Constants] = {}
+
+
 def _constants(function: Any, kinds: tuple[tuple[int, torch.dtype, torch.dtype], ...],
                rest: tuple[tuple[str, Any], ...]) -> Constants:
-    return Constants((("FN", function), ("HOW", _how(kinds)), *rest))
+    # By its id, which stays its own as long as the constants are kept: Triton hashes a function by its source.
+    key = id(function), kinds, rest
+    constants = _made.get(key)
+    if constants is None:
+        constants = _made[key] = Constants((("FN", function), ("HOW", _how(kinds)), *rest))
+    return constants
 
 
 def like_input(call: Call) -> tuple[int, ...] | None:
@@ -336,63 +342,98 @@ def build(call: Call, function: Any, operands: Sequence[Operand], out_dtypes: Se
             ``add``), which has a say in the results' strides; by default, if any operand is a number.
     """
     tensors = [o.meta for o in operands if o.meta is not None]
-    for meta in tensors:
-        if meta.dtype not in TRITON:
-            raise Decline(f"{dtype_name(meta.dtype)} is not handled by pointwise kernels")
+    if has_number is None:
+        has_number = len(tensors) < len(operands)
+    return _build(call, _typed(function, operands, out_dtypes, flops), tensors, shape, out_stride, has_number)
+
+
+class Typed(NamedTuple):
+    """What of a plan depends on dtypes alone.
+
+    Attributes:
+        function: the scalar function.
+        kinds: of each operand its kind, the dtype that it is converted to, and the one computed in.
+        ins: the operands as the kernel's argument.
+        refs: of each operand that is no number the argument that it is; None for an index.
+        out_dtypes: a dtype for each new result.
+        flops: floating-point operations an element.
+    """
+
+    function: Any
+    kinds: tuple[tuple[int, torch.dtype, torch.dtype], ...]
+    ins: tuple[Any, ...]
+    refs: tuple[Arg | None, ...]
+    out_dtypes: tuple[torch.dtype, ...]
+    flops: int
+
+
+def _typed(function: Any, operands: Sequence[Operand], out_dtypes: Sequence[torch.dtype], flops: int) -> Typed:
+    refs: list[Any] = []
+    for o in operands:
+        if o.meta is not None:
+            if o.meta.dtype not in TRITON:
+                raise Decline(f"{dtype_name(o.meta.dtype)} is not handled by pointwise kernels")
+            refs.append(o.ref.ref if o.ref.__class__ is At else o.ref)
+    return Typed(function, tuple([(o.kind, o.common, o.compute) for o in operands]),
+                 tuple([() if o.ref is None else o.ref for o in operands]), tuple(refs), tuple(out_dtypes), flops)
+
+
+def _build(call: Call, typed: Typed, tensors: Sequence[TensorMeta], shape: tuple[int, ...] | None,
+           out_stride: tuple[int, ...] | None, has_number: bool) -> Plan:
+    """:func:`build` for ``tensors``, the operands that are no numbers."""
     alike = bool(tensors)
     if alike:
-        first = tensors[0]
+        _, own_shape, own_stride, _ = first = tensors[0]
         for meta in tensors:
-            if meta.shape != first.shape or meta.stride != first.stride:
+            if meta.shape != own_shape or meta.stride != own_stride:
                 alike = False
                 break
     if shape is None:
-        shape = first.shape if alike else broadcast_shape([m.shape for m in tensors])
+        shape = own_shape if alike else broadcast_shape([m.shape for m in tensors])
     elif alike:
-        alike = shape == first.shape
+        alike = shape == own_shape
     n = 1
     for size in shape:
         n *= size
-    if has_number is None:
-        has_number = len(tensors) < len(operands)
     flat = False
     if call.outs is not None:
         allocs: tuple[Alloc, ...] = ()
         outs: tuple[Any, ...] = tuple([Into(i) for i in range(len(call.outs))])
         out_metas: Sequence[Any] = call.outs
         if alike or not tensors:
-            own = first.stride if alike else out_metas[0].stride
+            own = own_stride if alike else out_metas[0].stride
             flat = all([m.stride == own and m.shape == shape for m in out_metas]) and is_dense(shape, own)
     else:
         if out_stride is None:
-            if alike and first.is_contiguous and (shape or not has_number):
-                out_stride, flat = contiguous_strides(shape), True
+            dense = contiguous_strides(shape)
+            if alike and (shape or not has_number) and (own_stride == dense or first.is_contiguous):
+                out_stride, flat = dense, True
             else:
                 out_stride = output_strides(shape, tensors, has_number)
-        allocs = tuple([Alloc(shape, out_stride, d) for d in out_dtypes])
+        allocs = tuple([Alloc(shape, out_stride, d) for d in typed.out_dtypes])
         outs = tuple([Out(i) for i in range(len(allocs))])
         out_metas = allocs
-        flat = flat or ((first.stride == out_stride if alike else not tensors) and is_dense(shape, out_stride))
+        flat = flat or ((own_stride == out_stride if alike else not tensors) and is_dense(shape, out_stride))
     moved, itemsize = 0, 1
     for out in out_metas:
-        itemsize = max(itemsize, out.dtype.itemsize)
-        moved += n * out.dtype.itemsize
-    refs: dict[Any, TensorMeta] = {}
-    for o in operands:
-        meta, ref = o.meta, o.ref
-        if meta is not None and ref is not None:
-            itemsize = max(itemsize, meta.dtype.itemsize)
-            moved += meta.numel * meta.dtype.itemsize
-            refs[ref.ref if ref.__class__ is At else ref] = meta
+        size = out.dtype.itemsize
+        itemsize = max(itemsize, size)
+        moved += n * size
+    metas: dict[Any, TensorMeta] = {}
+    for ref, meta in zip(typed.refs, tensors):
+        if ref is not None:
+            size = meta.dtype.itemsize
+            itemsize = max(itemsize, size)
+            moved += (n if alike else meta.numel) * size
+            metas[ref] = meta
     launches: tuple[Launch, ...] = ()
     if n:
-        kinds = tuple([(o.kind, o.common, o.compute) for o in operands])
-        ins = tuple([() if o.ref is None else o.ref for o in operands])
+        function, kinds, ins = typed.function, typed.kinds, typed.ins
         if flat:
             launches = (_flat(call.target, function, kinds, outs, ins, n, itemsize),)
         else:
             launches = (_strided(call.target, function, kinds, outs, ins, [m.stride for m in out_metas], tensors, shape, n, itemsize),)
-    return Plan(allocs, launches, outs[0] if len(outs) == 1 else outs, refs, True, (), moved, n * flops)
+    return Plan(allocs, launches, outs[0] if len(outs) == 1 else outs, metas, True, (), moved, n * typed.flops)
 
 
 def _flat(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins: tuple[Any, ...], n: int, itemsize: int) -> Launch:
@@ -417,8 +458,8 @@ def _strided(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], i
     loops = merge(shape, expanded)
     if loops.is_flat:
         return _flat(target, function, kinds, outs, ins, n, itemsize)
-    wide = n >= _WIDE or any([_last(shape, s) >= _WIDE for s in expanded])
     sizes = loops.sizes
+    wide = n >= _WIDE or any([_last(sizes, s) >= _WIDE for s in loops.strides])
     if len(sizes) > MAX_DIMS:
         raise Decline(f"{len(sizes)} dimensions are left after merging; at most {MAX_DIMS} are handled")
     count = len(outs)
@@ -488,6 +529,13 @@ class Declaration:
 declarations: list[Declaration] = []
 
 
+def _kind_of(value: Any, device_type: str) -> tuple[Any, ...]:
+    """What of an argument types depend on: a tensor's dtype, whether it has dimensions and else is there; a number's class."""
+    if value.__class__ is TensorMeta:
+        return value.dtype, bool(value.shape) or value.device.type == device_type
+    return (value.__class__,)
+
+
 def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = ALL, promote: Sequence[str] | None = None,
               keep: Sequence[str] = (), compute: str | Callable[[torch.dtype], torch.dtype] = "opmath", round_numbers: bool = False,
               outputs: Sequence[torch.dtype | None] = (None,), select: Callable[[Call], Any] | None = None,
@@ -532,14 +580,44 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
         allowed = frozenset(dtypes)
         allowed_names = "{" + ", ".join(dtype_name(d) for d in dtypes) + "}"
 
-        def common_dtype(call: Call) -> torch.dtype:
-            return result_type([call.args[index[n]] for n in promoted if call.args[index[n]] is not None])
+        ready: dict[tuple[Any, ...], tuple[Typed, tuple[int, ...]]] = {}
+
+        def note(call: Call) -> tuple[tuple[Any, ...], torch.dtype]:
+            """All of ``call`` that types depend on, and the promoted dtype; for the planner too."""
+            here = call.target.device_type
+            kinds = tuple([_kind_of(value, here) for value in call.args])
+            common = result_type([call.args[index[n]] for n in promoted if call.args[index[n]] is not None])
+            call.noted = kinds, common
+            return call.noted
 
         def admits(call: Call) -> tuple[bool, str]:
-            common = call.common = common_dtype(call)
+            _, common = note(call)
             if common in allowed:
                 return True, ""
             return False, f"{dtype_name(common)} is not in {allowed_names}" + (": complex is not handled yet" if common.is_complex else "")
+
+        def make_ready(call: Call, common: torch.dtype, chosen: Any) -> tuple[Typed, tuple[int, ...]]:
+            """What of the plan depends on dtypes alone, and the places of the tensors among the arguments."""
+            if kind == INT_TO_FLOAT and not common.is_floating_point:
+                common = torch.get_default_dtype()
+            elif kind == BOOL_TO_LONG and common == torch.bool:
+                common = torch.int64
+            result = torch.bool if kind == ALWAYS_BOOL else common
+            inner = opmath(common) if compute == "opmath" else common if isinstance(compute, str) else compute(common)
+            operands = []
+            for n in chosen.arg_names:
+                i = index[n]
+                value = call.args[i]
+                if n in keep and value.__class__ is TensorMeta:
+                    operands.append(as_operand(call, i, value.dtype, value.dtype))
+                elif n in ranged and common in LIMITS and value.__class__ is not TensorMeta:
+                    operands.append(_within_limits(as_operand(call, i, common, inner, round_numbers), common, ranged[n]))
+                else:
+                    operands.append(as_operand(call, i, common, inner, round_numbers))
+            places = tuple([index[n] for n, o in zip(chosen.arg_names, operands) if o.meta is not None])
+            if not places:
+                raise Decline("no tensor on the mode's device")
+            return _typed(chosen, operands, [d or result for d in outputs], flops), places
 
         if overload.namespace == "aten":
             declarations.append(Declaration(op, (function,), kind, tuple(dtypes)))
@@ -549,31 +627,18 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
                  name=name or function.fn.__name__, numbers=True, by_value=by_value, state=state, writes_out=True)
         def plan(call: Call) -> Plan:
             args = call.args
-            common = call.common or common_dtype(call)
+            kinds, common = call.noted or note(call)
             if check is not None:
                 check(call, common)
-            if kind == INT_TO_FLOAT and not common.is_floating_point:
-                common = torch.get_default_dtype()
-            elif kind == BOOL_TO_LONG and common == torch.bool:
-                common = torch.int64
-            result = torch.bool if kind == ALWAYS_BOOL else common
-            inner = opmath(common) if compute == "opmath" else common if isinstance(compute, str) else compute(common)
             chosen = function if select is None else select(call)
-            operands = []
-            for n in chosen.arg_names:
-                i = index[n]
-                value = args[i]
-                if n in keep and value.__class__ is TensorMeta:
-                    operands.append(as_operand(call, i, value.dtype, value.dtype))
-                elif n in ranged and common in LIMITS and value.__class__ is not TensorMeta:
-                    operands.append(_within_limits(as_operand(call, i, common, inner, round_numbers), common, ranged[n]))
-                else:
-                    operands.append(as_operand(call, i, common, inner, round_numbers))
-            if all(o.meta is None for o in operands):
-                raise Decline("no tensor on the mode's device")
+            key = kinds, common, id(chosen), torch.get_default_dtype()
+            found = ready.get(key)
+            if found is None:
+                found = ready[key] = make_ready(call, common, chosen)
+            typed, places = found
             stride = None if out_stride is None else out_stride(call)
             has_number = any([args[index[n]].__class__ is not TensorMeta for n in promoted])
-            return build(call, chosen, operands, [d or result for d in outputs], out_stride=stride, flops=flops, has_number=has_number)
+            return _build(call, typed, [args[i] for i in places], None, stride, has_number)
 
         return function
 
