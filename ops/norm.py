@@ -28,7 +28,7 @@ LeVeque (1979) for the combination.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -542,7 +542,7 @@ def plan_norm(call: Call, eps: Any, outs: tuple[torch.dtype | None, ...], weight
     rows = split_rows(x.shape, range(axis, x.ndim), [y, x.stride, _expanded(w, x, axis), _expanded(b, x, axis), *more])
     tile = _whole_rows(choose_tile(rows, acc.itemsize, call.target), rows, acc.itemsize, call.target)
     if rows.inner and tile.columns >= _ALONE and not tile.loops and not call.target.interpreted:
-        tile = replace(tile, rows=1)
+        tile = tile._replace(rows=1)
     means = (Out(1),) if outs[1] is not None else ()
     rstds = (Out(1 + len(means)),) if outs[2] is not None else ()
     totals = (Out(len(allocs) - 1),) if total else ()

@@ -8,7 +8,6 @@ tuples of sizes and strides, fastest dimension first, and taken apart by the fun
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
@@ -116,33 +115,35 @@ class Rows(NamedTuple):
     @property
     def inner(self) -> bool:
         """Whether the columns are the fast dimension for every operand that has them."""
-        return len(self.column_sizes) == 1 and (self.column_sizes == (1,) or all(s[0] in (0, 1) for s in self.column_strides))
+        return len(self.column_sizes) == 1 and (self.column_sizes == (1,) or all([s[0] in (0, 1) for s in self.column_strides]))
 
 
 def split_rows(shape: Sequence[int], columns: Collection[int], operands: Sequence[Sequence[int]]) -> Rows:
     """Split the dimensions of ``shape`` into rows and ``columns``; the first operand's strides give the order."""
+    last = len(shape) - 1
+    if len(columns) == 1 and last in columns:
+        return Rows(*merge(tuple(shape[:-1]), [tuple(s[:-1]) for s in operands]),
+                    *merge(tuple(shape[-1:]), [tuple(s[-1:]) for s in operands]))
     kept = [d for d in range(len(shape)) if d not in columns]
     reduced = [d for d in range(len(shape)) if d in columns]
-    rows = merge(tuple([shape[d] for d in kept]), [tuple([s[d] for d in kept]) for s in operands])
-    cols = merge(tuple([shape[d] for d in reduced]), [tuple([s[d] for d in reduced]) for s in operands])
-    return Rows(rows.sizes, rows.strides, cols.sizes, cols.strides)
+    return Rows(*merge(tuple([shape[d] for d in kept]), [tuple([s[d] for d in kept]) for s in operands]),
+                *merge(tuple([shape[d] for d in reduced]), [tuple([s[d] for d in reduced]) for s in operands]))
 
 
 def is_wide(*metas: TensorMeta) -> bool:
     """Whether offsets into any of these need 64 bits (with room for a block's masked overhang)."""
-    return any(m.extent >= 2**31 - 2**18 or m.numel >= 2**31 - 2**18 for m in metas)
+    return any([m.extent >= 2**31 - 2**18 or m.numel >= 2**31 - 2**18 for m in metas])
 
 
 def sizes_argument(sizes: Sequence[int], specialize_first: bool = False) -> tuple[int | Size, ...]:
     """Sizes as a kernel argument; only the first may matter to the kernel's memory accesses."""
-    return tuple([n if i == 0 and specialize_first else Size(n) for i, n in enumerate(sizes)])
+    return (*sizes[:1], *map(Size, sizes[1:])) if specialize_first else tuple(map(Size, sizes))
 
 
 # -- launch choice -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """A program's share.
 
     Attributes:
@@ -172,7 +173,10 @@ INTERPRETED_BLOCK = 1 << 16  # a program costs 0.3 ms in the interpreter, whatev
 
 def ladder(limits: Sequence[tuple[int, int]], n: int) -> int:
     """The value of the first step ``(limit, value)`` whose limit is at least ``n``."""
-    return next(value for limit, value in limits if n <= limit)
+    for limit, value in limits:
+        if n <= limit:
+            return value
+    raise ValueError(f"{n} is above every limit")
 
 
 def warps(count: int, target: Target) -> int:

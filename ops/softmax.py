@@ -12,12 +12,14 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (201
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from gemsmode.launch import Constants
 from gemsmode.ops.promotion import FLOAT, TRITON, opmath
 from gemsmode.ops.rows import (
     Rows,
@@ -329,29 +331,32 @@ _FILLS_REGISTERS = 16384
 """Elements of a row of which a multiprocessor holds one at a time, computed in float32, while it has room for the next in 16 bits."""
 
 
+@functools.cache
+def _constants(flags: tuple[tuple[str, Any], ...], acc: torch.dtype, **rest: Any) -> Constants:
+    return Constants((*flags, ("ACC", TRITON[acc]), *rest.items()))
+
+
 def _launches(call: Call, forward: bool, rows: Rows, tensors: tuple[Any, ...], wide: bool, acc: torch.dtype,
               flags: tuple[tuple[str, Any], ...], workspace: int) -> tuple[tuple[Alloc, ...], tuple[Launch, ...]]:
     """Workspace and launches; ``tensors`` are the result and the operands, in the order of ``rows``' strides."""
     tile = choose_tile(rows, acc.itemsize, call.target)
     n, n_rows = rows.n_columns, rows.n_rows
     sizes = sizes_argument(rows.row_sizes, specialize_first=not tile.gather)
-    per_row = tuple(rows.row_strides)
+    per_row = rows.row_strides
     per_column = tuple([s[0] for s in rows.column_strides])
-    flags = (*flags, ("ACC", TRITON[acc]))
     if tile.chunks:
         # A multiple of a step, so that chunks start at aligned addresses.
         chunk = 1024 * (-(-n // (1024 * tile.chunks)))
         chunks = -(-n // chunk)
         words = 3 if forward else 1
         space = Alloc((n_rows * chunks * words,), (1,), acc)
-        common = (*flags, ("WIDE", wide), ("BLOCK_N", tile.columns))
-        statistics = tuple([f for f in common if f[0] != ("LOG" if forward else "SAFE")])
+        statistics = _constants(tuple([f for f in flags if f[0] != ("LOG" if forward else "SAFE")]), acc, WIDE=wide, BLOCK_N=tile.columns)
         first = Launch(softmax_statistics_kernel if forward else backward_total_kernel, (n_rows, chunks, 1),
                        (Out(workspace), *tensors[1:], sizes, Size(n_rows), n, chunk, *per_row[1:], *per_column[1:]),
                        statistics, warps(tile.warps, call.target))
         second = Launch(softmax_finish_kernel if forward else backward_finish_kernel, (n_rows, chunks, 1),
                         (*tensors, Out(workspace), sizes, Size(n_rows), n, chunk, *per_row, *per_column),
-                        (*common, ("BLOCK_C", power_of_2(chunks))), warps(tile.warps, call.target))
+                        _constants(flags, acc, WIDE=wide, BLOCK_N=tile.columns, BLOCK_C=power_of_2(chunks)), warps(tile.warps, call.target))
         return (space,), (first, second)
     if tile.gather:
         programs = -(-n_rows // tile.rows)
@@ -362,11 +367,11 @@ def _launches(call: Call, forward: bool, rows: Rows, tensors: tuple[Any, ...], w
     at_once = 2 if call.target.interpreted else call.target.multiprocessors * max(32 // tile.warps, 1)
     fills = tile.rows == 1 and not tile.loops and tile.columns >= _FILLS_REGISTERS and call.args[0].dtype.itemsize == 2
     if forward and fills and tile.gather and n_rows >= 2 * at_once:
-        constants = (*flags, ("WIDE", wide), ("BLOCK_N", tile.columns))
+        constants = _constants(flags, acc, WIDE=wide, BLOCK_N=tile.columns)
         return (), (Launch(softmax_rows_kernel, (at_once, 1, 1), (*tensors, sizes, Size(n_rows), n, *per_row, *per_column), constants,
                            warps(tile.warps, call.target)),)
     kernels = (softmax_kernel, softmax_loop_kernel) if forward else (backward_kernel, backward_loop_kernel)
-    constants = (*flags, ("GATHER", tile.gather), ("WIDE", wide), ("BLOCK_R", tile.rows), ("BLOCK_N", tile.columns))
+    constants = _constants(flags, acc, GATHER=tile.gather, WIDE=wide, BLOCK_R=tile.rows, BLOCK_N=tile.columns)
     step = Launch(kernels[tile.loops], (programs, 1, 1), (*tensors, sizes, Size(n_rows), n, *per_row, *per_column), constants,
                   warps(tile.warps, call.target))
     return (), (step,)
@@ -375,18 +380,19 @@ def _launches(call: Call, forward: bool, rows: Rows, tensors: tuple[Any, ...], w
 def _forward(call: Call, x: TensorMeta, dim: int, out_dtype: torch.dtype, log: bool, safe: bool = False) -> Plan:
     dim = _dimension(x, dim)
     out = Alloc(x.shape, contiguous_strides(x.shape), out_dtype)
-    if x.numel == 0:
+    numel = x.numel
+    if numel == 0:
         return Plan((out,), (), Out(0), {Arg(0): x}, bytes=0, flops=0)
     acc = torch.promote_types(opmath(x.dtype), opmath(out_dtype)) if safe else opmath(x.dtype)
     rows = split_rows(x.shape, (dim,) if x.ndim else (), [out.stride, x.stride])
-    space, launches = _launches(call, True, rows, (Out(0), Arg(0)), is_wide(x, out.meta), acc, (("LOG", log), ("SAFE", safe)), 1)
+    space, launches = _launches(call, True, rows, (Out(0), Arg(0)), is_wide(x), acc, (("LOG", log), ("SAFE", safe)), 1)
     return Plan((out, *space), launches, Out(0), {Arg(0): x},
-                bytes=x.numel * (x.dtype.itemsize + out_dtype.itemsize), flops=x.numel * 5)
+                bytes=numel * (x.dtype.itemsize + out_dtype.itemsize), flops=numel * 5)
 
 
 def _half_to_float(call: Call) -> torch.dtype:
-    x = call["self"]
-    if not call["half_to_float"]:
+    x, _, half_to_float = call.args
+    if not half_to_float:
         return x.dtype
     if call.target.device_type == "cpu" or x.dtype != torch.float16:
         raise Decline(f"PyTorch rejects it: half_to_float of {dtype_name(x.dtype)} on {x.device.type}")
@@ -395,12 +401,12 @@ def _half_to_float(call: Call) -> torch.dtype:
 
 @planned("aten._softmax.default", dtype(*FLOAT), family="softmax", kernel=softmax_kernel)
 def softmax(call: Call) -> Plan:
-    return _forward(call, call["self"], call["dim"], _half_to_float(call), log=False)
+    return _forward(call, call.args[0], call.args[1], _half_to_float(call), log=False)
 
 
 @planned("aten._log_softmax.default", dtype(*FLOAT), family="softmax", kernel=softmax_kernel)
 def log_softmax(call: Call) -> Plan:
-    return _forward(call, call["self"], call["dim"], _half_to_float(call), log=True)
+    return _forward(call, call.args[0], call.args[1], _half_to_float(call), log=True)
 
 
 @planned("aten._safe_softmax.default", dtype(*FLOAT), family="softmax", kernel=softmax_kernel)
@@ -426,7 +432,7 @@ def _backward(call: Call, log: bool) -> Plan:
     if g.numel == 0:
         return Plan((out,), (), Out(0), metas, bytes=0, flops=0)
     rows = split_rows(g.shape, (dim,) if g.ndim else (), [out.stride, g.stride, y.stride])
-    space, launches = _launches(call, False, rows, (Out(0), Arg(0), Arg(1)), is_wide(g, y, out.meta), opmath(g.dtype), (("LOG", log),), 1)
+    space, launches = _launches(call, False, rows, (Out(0), Arg(0), Arg(1)), is_wide(g, y), opmath(g.dtype), (("LOG", log),), 1)
     return Plan((out, *space), launches, Out(0), metas,
                 bytes=g.numel * (2 * g.dtype.itemsize + result.itemsize), flops=g.numel * 4)
 
