@@ -263,8 +263,8 @@ LEAST_K = 512
 MOST_PARTS = 64
 
 
-def _shared_memory(tile: Tile, itemsize: int) -> int:
-    return (tile.m + tile.n) * tile.k * itemsize * tile.stages
+def _shared_memory(tile: Tile, itemsize: int, stages: int) -> int:
+    return (tile.m + tile.n) * tile.k * itemsize * stages
 
 
 def _fitted(tile: Tile, itemsize: int, target: Target) -> Tile:
@@ -275,7 +275,7 @@ def _fitted(tile: Tile, itemsize: int, target: Target) -> Tile:
         tile = replace(tile, warps=8)  # without wgmma operands take registers too: 4 warps spill
     limit = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(int(target.arch), 99) * 1024 if target.backend == "cuda" else 64 * 1024
     stages = tile.stages
-    while stages > 1 and _shared_memory(replace(tile, stages=stages), itemsize) > limit:
+    while stages > 1 and _shared_memory(tile, itemsize, stages) > limit:
         stages -= 1
     return tile if stages == tile.stages else replace(tile, stages=stages)
 
@@ -295,7 +295,9 @@ def choose_tile(m: int, n: int, k: int, batch: int, kind: str, itemsize: int, ta
             ladder = next(tiles for rows, tiles in ROWS[kind] if m <= rows)
         else:
             ladder = LARGE[kind]
-        tile = next((t for t in ladder if _tiles(t, m, n) * batch >= target.multiprocessors), ladder[-1])
+        for tile in ladder:
+            if _tiles(tile, m, n) * batch >= target.multiprocessors:
+                break
         tile = _fitted(tile, itemsize, target)
         wanted = target.multiprocessors // max(_tiles(tile, m, n) * batch, 1)
     parts = max(min(wanted, k // LEAST_K, MOST_PARTS), 1)
@@ -385,9 +387,18 @@ def _kind(dtype: torch.dtype, target: Target) -> str:
     return "half"
 
 
-@functools.cache
-def _constants(*pairs: tuple[str, Any]) -> Constants:
-    return Constants(pairs)
+_made: dict[tuple[Any, ...], Constants] = {}
+
+
+def _constants(activation: Any, **rest: Any) -> Constants:
+    """Constants by name; PyTorch's dtypes among them become Triton's."""
+    # By its id, which stays its own as long as the constants are kept: Triton hashes a function by its source.
+    key = id(activation), *rest.items()
+    constants = _made.get(key)
+    if constants is None:
+        pairs = [(name, TRITON[value] if value.__class__ is torch.dtype else value) for name, value in rest.items()]
+        constants = _made[key] = Constants((*pairs, ("ACTIVATION", activation)))
+    return constants
 
 
 class Product(NamedTuple):
@@ -425,14 +436,14 @@ def plan_product(call: Call, product: Product) -> Plan:
     out = Alloc(shape, contiguous_strides(shape), dtype)
     metas = {x.ref: x.meta for x in (a, b, c) if x is not None}
     count = (1 if product.summed else batch) * m * n
-    moved = sum(meta.numel * meta.dtype.itemsize for meta in metas.values()) + count * dtype.itemsize
+    moved = sum([meta.numel * meta.dtype.itemsize for meta in metas.values()]) + count * dtype.itemsize
     if count == 0:
         return Plan((out,), (), Out(0), metas, bytes=moved, flops=0)
     accumulated = torch.float64 if a.meta.dtype == torch.float64 else torch.float32
-    acc = TRITON[accumulated]
-    wide = k >= 2**30 or count >= 2**31 or any(meta.extent >= 2**31 - 2**20 for meta in metas.values())
-    check_measured("product", call.target, m=m, n=n, k=k, batch=batch, kind=_kind(a.meta.dtype, call.target),
-                   alone=product.alone)
+    acc = accumulated
+    wide = k >= 2**30 or count >= 2**31 or any([meta.extent >= 2**31 - 2**20 for meta in metas.values()])
+    kind = _kind(a.meta.dtype, call.target)
+    check_measured("product", call.target, m=m, n=n, k=k, batch=batch, kind=kind, alone=product.alone)
     tiled = _plan_tiles(call, product) if m > 1 and n > 1 else None
     if tiled is not None:
         return tiled
@@ -445,21 +456,19 @@ def plan_product(call: Call, product: Product) -> Plan:
         grid = (-(-rows // strip.m) * batch, parts, 1)
         if rows == 1 and dtype == torch.float32:
             accumulated = torch.float64  # of the sums: a dot product is one sum, and PyTorch's a good tree
-        constants = _constants(("ACC", acc), ("SUM", TRITON[accumulated]), ("WIDE", wide), ("BLOCK_M", strip.m), ("BLOCK_K", strip.k),
-                               ("EVICT", strip.evict), ("ACTIVATION", at_once if parts == 1 else persistent.unchanged))
+        constants = _constants(at_once if parts == 1 else persistent.unchanged, ACC=acc, SUM=accumulated, WIDE=wide, BLOCK_M=strip.m,
+                               BLOCK_K=strip.k, EVICT=strip.evict)
         warps, stages, kernel = strip.warps, 2, matvec_kernel
     else:
-        kind = _kind(a.meta.dtype, call.target)
         swapped = n < m and n <= FEW_ROWS
         left, right = (b.transposed, a.transposed) if swapped else (a, b)
         rows, columns = (n, m) if swapped else (m, n)
         tile, k_blocks = choose_tile(rows, columns, k, batch, kind, a.meta.dtype.itemsize, call.target)
         parts = max(-(-k // (k_blocks * tile.k)), 1)
         grid = (_tiles(tile, rows, columns) * batch, parts, 1)
-        constants = _constants(("ACC", acc), ("PRECISION", "tf32" if kind == "tf32" else "ieee"), ("WIDE", wide),
-                               ("UPCAST", call.target.interpreted), ("BLOCK_M", tile.m), ("BLOCK_N", tile.n), ("BLOCK_K", tile.k),
-                               ("GROUP", GROUP), ("EVICT", tile.evict),
-                               ("ACTIVATION", at_once if parts == 1 else persistent.unchanged), ("BY_BLOCK", kind == "ieee"))
+        constants = _constants(at_once if parts == 1 else persistent.unchanged, ACC=acc, PRECISION="tf32" if kind == "tf32" else "ieee",
+                               WIDE=wide, UPCAST=call.target.interpreted, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+                               GROUP=GROUP, EVICT=tile.evict, BY_BLOCK=kind == "ieee")
         warps, stages, kernel = tile.warps, tile.stages, gemm_kernel
     if grid[0] >= 2**31:
         raise Decline(f"{grid[0]} tiles: more than a grid can have")
@@ -482,8 +491,7 @@ def plan_product(call: Call, product: Product) -> Plan:
                 (left.batch, left.row, left.column), (right.batch, right.row, right.column), (c_batch, *s_c))
     launches = (Launch(kernel, grid, args, constants, warps, stages),) if grid[0] else ()
     if split:
-        launches += (_combine(call.target, product, count, parts * batch if product.summed else parts,
-                              TRITON[accumulated]),)
+        launches += (_combine(call.target, product, count, parts * batch if product.summed else parts, accumulated),)
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k)
 
 
@@ -511,35 +519,34 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
     programs = call.target.multiprocessors * shape.resident if not call.target.interpreted else 3
     c_ref: tuple[Any, ...] = () if c is None else (c.ref,)
     s_c = (Size(0), Size(0)) if c is None else (Size(c.batch), c.column)
-    common = (("A_BY_ROWS", a_by_rows), ("B_BY_ROWS", b_by_rows), ("BLOCK_M", shape.m), ("BLOCK_N", shape.n), ("BLOCK_K", shape.k),
-              ("GROUP", shape.group))
+    blocks = {"BLOCK_M": shape.m, "BLOCK_N": shape.n, "GROUP": shape.group}
+    common = {"A_BY_ROWS": a_by_rows, "B_BY_ROWS": b_by_rows, "BLOCK_K": shape.k, **blocks}
     sizes = (Size(batch), Size(m), n, Size(k))
     allocs: tuple[Alloc, ...] = (Alloc(product.shape, contiguous_strides(product.shape), dtype),)
     launches: tuple[Launch, ...] = ()
     if split.whole:
         launches += (Launch(persistent.tile_kernel, (min(programs, split.whole), 1, 1),
                             (Out(0), a.ref, b.ref, c_ref, product.scale, *sizes, Size(0), Size(split.whole), 1, Size(0), n, a_stride,
-                             b_stride, s_c), _constants(*common, ("PARTIAL", False), ("SLICES", shape.slices),
-                                                     ("ACTIVATION", product.activation)), shape.warps, shape.stages),)
+                             b_stride, s_c), _constants(product.activation, PARTIAL=False, SLICES=shape.slices, **common),
+                            shape.warps, shape.stages),)
     if split.rest:
         units = split.rest * split.parts
         allocs += (Alloc((units * shape.m, shape.n), (shape.n, 1), torch.float32),)
         last = Size(split.whole + split.rest)
-        constants = _constants(*common, ("PARTIAL", True), ("SLICES", 4), ("ACTIVATION", persistent.unchanged))
+        constants = _constants(persistent.unchanged, PARTIAL=True, SLICES=4, **common)
         launches += (
             Launch(persistent.tile_kernel, (min(units, programs), 1, 1),
                    (Out(1), a.ref, b.ref, (), (), *sizes, Size(split.whole), last, Size(split.parts), Size(split.part_blocks), shape.n,
                     a_stride, b_stride, (Size(0), Size(0))), constants, shape.warps, shape.stages),
             Launch(persistent.finish_kernel, (split.rest, -(-shape.m // persistent.FINISH_ROWS), 1),
                    (Out(0), Out(1), c_ref, product.scale, Size(m), n, Size(split.whole), Size(split.parts), n, s_c),
-                   _constants(("BLOCK_M", shape.m), ("BLOCK_N", shape.n), ("ROWS", persistent.FINISH_ROWS),
-                              ("GROUP", shape.group), ("ACTIVATION", product.activation))))
+                   _constants(product.activation, ROWS=persistent.FINISH_ROWS, **blocks)))
     metas = {x.ref: x.meta for x in (a, b, c) if x is not None}
-    moved = sum(meta.numel * meta.dtype.itemsize for meta in metas.values()) + batch * m * n * dtype.itemsize
+    moved = sum([meta.numel * meta.dtype.itemsize for meta in metas.values()]) + batch * m * n * dtype.itemsize
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k, aligned=True)
 
 
-def _combine(target: Target, product: Product, count: int, parts: int, acc: Any) -> Launch:
+def _combine(target: Target, product: Product, count: int, parts: int, acc: torch.dtype) -> Launch:
     _, m, n, _ = product.sizes
     c = product.c
     # Few results of many parts (a long dot product) are loaded all at once: a loop over them would wait for each load.
@@ -548,7 +555,7 @@ def _combine(target: Target, product: Product, count: int, parts: int, acc: Any)
     return Launch(combine_kernel, (-(-count // block), 1, 1),
                   (Out(0), Out(1), () if c is None else (c.ref,), product.scale, Size(m), Size(n), count, Size(parts),
                    (Size(0), Size(0), Size(0)) if c is None else (Size(c.batch), Size(c.row), Size(c.column))),
-                  _constants(("ACC", acc), ("BLOCK_PARTS", block_parts), ("BLOCK", block), ("ACTIVATION", product.activation)))
+                  _constants(product.activation, ACC=acc, BLOCK_PARTS=block_parts, BLOCK=block))
 
 
 def _expanded(ref: Arg, meta: TensorMeta, shape: tuple[int, int, int]) -> Matrix:
@@ -598,13 +605,18 @@ def _expect(condition: bool, text: str) -> None:
 
 def _shapes(a: TensorMeta, b: TensorMeta, ndim: int) -> tuple[int, int, int, int]:
     """(batch, m, n, k) of a product of two matrices or two batches of matrices."""
-    _expect(a.ndim == ndim and b.ndim == ndim, f"{a.ndim} and {b.ndim} dimensions where {ndim} are wanted")
-    _expect(a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2], f"shapes {list(a.shape)} and {list(b.shape)} do not fit")
-    return a.shape[0] if ndim == 3 else 1, a.shape[-2], b.shape[-1], a.shape[-1]
+    if len(a.shape) != ndim or len(b.shape) != ndim:
+        raise Decline(f"PyTorch rejects it: {a.ndim} and {b.ndim} dimensions where {ndim} are wanted")
+    *batch, m, k = a.shape
+    *same_batch, same_k, n = b.shape
+    if k != same_k or batch != same_batch:
+        raise Decline(f"PyTorch rejects it: shapes {list(a.shape)} and {list(b.shape)} do not fit")
+    return batch[0] if batch else 1, m, n, k
 
 
 def _matrix(index: int, meta: TensorMeta) -> Matrix:
-    return Matrix(Arg(index), meta, meta.stride[0] if meta.ndim == 3 else 0, meta.stride[-2], meta.stride[-1])
+    stride = meta.stride
+    return Matrix(Arg(index), meta, stride[0] if len(stride) == 3 else 0, stride[-2], stride[-1])
 
 
 def _wider(meta: TensorMeta, wanted: torch.dtype) -> torch.dtype:

@@ -19,6 +19,7 @@ Osama et al., "Stream-K: work-centric parallel decomposition for dense matrix-ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -186,8 +187,7 @@ class Shape:
     group: int = 8
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """How the tiles are given out: ``whole`` of them to the first launch, the others in ``parts`` parts to the second."""
 
     whole: int
