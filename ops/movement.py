@@ -12,8 +12,9 @@ Source: the PyTorch documentation of each op and ``torch/_refs``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -124,8 +125,7 @@ def triu(call: Call) -> Plan:
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """A program's share of a tensor looked at as rows of its innermost dimension."""
 
     rows: int
@@ -269,7 +269,7 @@ def constant_pad_nd(call: Call) -> Plan:
 
 def suggests_channels_last(meta: TensorMeta) -> bool:
     """Whether PyTorch takes a tensor for ``channels_last`` by its strides (``Tensor.suggest_memory_format``)."""
-    if meta.ndim not in (4, 5) or meta.stride[1] == 0:
+    if len(meta.shape) not in (4, 5) or meta.stride[1] == 0:
         return False
     least = 0
     for d in (1, *range(meta.ndim - 1, 1, -1), 0):
@@ -400,38 +400,64 @@ def _parts_plan(call: Call, parts: Sequence[tuple[Arg, TensorMeta]], alloc: Allo
     for (ref, meta), start in zip(parts, starts):
         # Dimensions innermost first; runs that lie alike in both are one dimension.
         sizes: list[int] = []
-        strides: list[tuple[int, int]] = []
-        for d in reversed(range(meta.ndim)):
-            if meta.shape[d] == 1:
+        from_strides: list[int] = []
+        to_strides: list[int] = []
+        for size, here, there in zip(meta.shape[::-1], meta.stride[::-1], alloc.stride[::-1]):
+            if size == 1:
                 continue
-            pair = (meta.stride[d], alloc.stride[d])
-            if sizes and pair == (strides[-1][0] * sizes[-1], strides[-1][1] * sizes[-1]):
-                sizes[-1] *= meta.shape[d]
+            if sizes and here == from_strides[-1] * sizes[-1] and there == to_strides[-1] * sizes[-1]:
+                sizes[-1] *= size
             else:
-                sizes.append(meta.shape[d])
-                strides.append(pair)
+                sizes.append(size)
+                from_strides.append(here)
+                to_strides.append(there)
         if not sizes:
-            sizes, strides = [1], [(1, 1)]
-        merged.append((ref, start, sizes, strides))
-    itemsize = max(alloc.dtype.itemsize, *(m.dtype.itemsize for _, m in parts))
-    wide = max(alloc.meta.numel, *(m.extent for _, m in parts)) >= 2**31 - 2**17
+            sizes, from_strides, to_strides = [1], [1], [1]
+        x, *rest = sizes
+        merged.append(Part(ref, start, x, rest, _product(rest), _outer(from_strides), _outer(to_strides)))
+    out_itemsize = itemsize = alloc.dtype.itemsize
+    moved, largest = 0, _product(alloc.shape)
+    for _, meta in parts:
+        itemsize = max(itemsize, meta.dtype.itemsize)
+        moved += meta.numel * (meta.dtype.itemsize + out_itemsize)
+        largest = max(largest, meta.extent)
+    wide = largest >= 2**31 - 2**17
     for at in range(0, len(merged), MAX_PARTS):
         group = merged[at:at + MAX_PARTS]
-        largest = max(group, key=lambda p: p[2][0])
-        rows = [_product(p[2][1:]) for p in group]
-        tile = choose_rows(max(rows), largest[2][0], itemsize, target)
-        first = [0]
-        for p, n in zip(group, rows):
-            first.append(first[-1] + -(-n // tile.rows) * -(-p[2][0] // tile.columns))
-        args = (tuple([At(Out(0), p[1]) if p[1] else Out(0) for p in group]), tuple([p[0] for p in group]),
-                tuple([Size(f) for f in first]), tuple([extent(p[2][0]) for p in group]),
-                tuple([Size(n) for n in rows]), tuple([tuple([Size(s) for s in p[2][1:]]) for p in group]),
-                tuple([(p[3][0][0], *[stride(a) for a, _ in p[3][1:]]) for p in group]),
-                tuple([(p[3][0][1], *[stride(b) for _, b in p[3][1:]]) for p in group]))
-        launches.append(Launch(cat_kernel, (first[-1], 1, 1), args,
-                               Constants((("WIDE", wide), ("BLOCK_Y", tile.rows), ("BLOCK_X", tile.columns))), tile.warps))
-    moved = sum(m.numel * (m.dtype.itemsize + alloc.dtype.itemsize) for _, m in parts)
+        tile = choose_rows(max([p.rows for p in group]), max([p.x for p in group]), itemsize, target)
+        programs = 0
+        first = [Size(0)]
+        for p in group:
+            programs += -(-p.rows // tile.rows) * -(-p.x // tile.columns)
+            first.append(Size(programs))
+        args = (tuple([At(Out(0), p.start) if p.start else Out(0) for p in group]), tuple([p.ref for p in group]),
+                tuple(first), tuple([extent(p.x) for p in group]),
+                tuple([Size(p.rows) for p in group]), tuple([tuple([Size(s) for s in p.sizes]) for p in group]),
+                tuple([p.from_strides for p in group]), tuple([p.to_strides for p in group]))
+        launches.append(Launch(cat_kernel, (programs, 1, 1), args, _cat_constants(wide, tile.rows, tile.columns), tile.warps))
     return Plan((alloc,), tuple(launches), Out(0), dict(parts), bytes=moved)
+
+
+class Part(NamedTuple):
+    """An input of ``cat_kernel``: where it goes, its merged dimensions (x is the innermost) and their strides here and there."""
+
+    ref: Arg
+    start: int
+    x: int
+    sizes: list[int]
+    rows: int
+    from_strides: tuple[int | Size, ...]
+    to_strides: tuple[int | Size, ...]
+
+
+def _outer(strides: list[int]) -> tuple[int | Size, ...]:
+    """Strides as an argument, of which the innermost is specialized as any integer."""
+    return (strides[0], *[stride(s) for s in strides[1:]])
+
+
+@functools.cache
+def _cat_constants(wide: bool, rows: int, columns: int) -> Constants:
+    return Constants((("WIDE", wide), ("BLOCK_Y", rows), ("BLOCK_X", columns)))
 
 
 def _product(sizes: Sequence[int]) -> int:
@@ -454,13 +480,16 @@ def cat(call: Call) -> Plan:
         raise Decline("PyTorch rejects it: 0-dim tensors cannot be concatenated")
     dim = wrap_dim(dim, ndim)
     first = given[0][1].shape
+    before, after = first[:dim], first[dim + 1:]
+    length = 0
     for _, t in given:
-        if t.ndim != ndim or t.shape[:dim] + t.shape[dim + 1:] != first[:dim] + first[dim + 1:]:
+        if len(t.shape) != ndim or t.shape[:dim] != before or t.shape[dim + 1:] != after:
             raise Decline("PyTorch rejects it: the shapes differ in another dimension than dim")
+        length += t.shape[dim]
     out_dtype = result_type(tensors)
-    shape = first[:dim] + (sum(t.shape[dim] for _, t in given),) + first[dim + 1:]
-    last = channels_last_strides(shape)
-    strides = last if last is not None and all(suggests_channels_last(t) for _, t in given) else contiguous_strides(shape)
+    shape = (*before, length, *after)
+    last = channels_last_strides(shape) if all(suggests_channels_last(t) for _, t in given) else None
+    strides = contiguous_strides(shape) if last is None else last
     alloc = Alloc(shape, strides, out_dtype)
     parts, starts, start = [], [], 0
     for ref, t in given:

@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemsmode.launch import Constants
 from gemsmode.ops.layout import broadcast_shape, broadcast_strides
 from gemsmode.ops.pointwise import ALWAYS_BOOL, power_of_2
 from gemsmode.ops.pointwise import pointwise as declare_pointwise
@@ -585,8 +586,7 @@ def merge_kernel(outs, states, nk, splits, n, k_sizes, out_strides, params, MERG
 # -- launch choice -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """How a reduction of [nk, nr] is shared out: tile, programs along r, warps a program, and steps loaded together."""
 
     block_k: int
@@ -622,7 +622,10 @@ def eviction(moved: int, fastest_stride: int, run_bytes: int) -> str:
 
 
 def _ladder(steps: Sequence[tuple[int, int]], n: int) -> int:
-    return next(value for limit, value in steps if n <= limit)
+    for limit, value in steps:
+        if n <= limit:
+            return value
+    raise ValueError(f"{n} is above every limit")
 
 
 def choose(nk: int, row: int, repeats: int, inner: bool, itemsize: int, states: int, target: Target) -> Schedule:
@@ -682,7 +685,7 @@ def choose(nk: int, row: int, repeats: int, inner: bool, itemsize: int, states: 
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reduction:
     """What the engine needs to know of one reduction.
 
@@ -732,6 +735,9 @@ class Dims(NamedTuple):
 
 def merge_dims(columns: Sequence[tuple[int, tuple[int, ...]]], ordered: bool) -> Dims:
     """Merge dimensions given as (size, strides), slowest first; ``ordered`` keeps their order, else strides sort them."""
+    if len(columns) == 1 and columns[0][0] != 1:
+        size, strides = columns[0]
+        return Dims((size,), tuple(zip(strides)))
     alive = [c for c in reversed(columns) if c[0] != 1]
     if not ordered:
         alive.sort(key=lambda c: (c[1][0] == 0, c[1][0]))
@@ -757,7 +763,7 @@ def canonical_dims(dims: Any, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
     given = (dims,) if dims.__class__ is int else tuple(dims)
     rank = max(ndim, 1)
-    if any(not -rank <= d < rank for d in given):
+    if min(given) < -rank or max(given) >= rank:
         raise Decline("PyTorch rejects it: a dimension is out of range")
     wrapped = {d % rank for d in given}
     if len(wrapped) != len(given):
@@ -768,8 +774,18 @@ def canonical_dims(dims: Any, ndim: int) -> tuple[int, ...]:
 def reduced_shape(shape: tuple[int, ...], dims: Sequence[int], keepdim: bool) -> tuple[int, ...]:
     """The result's shape."""
     if keepdim:
-        return tuple(1 if d in dims else s for d, s in enumerate(shape))
-    return tuple(s for d, s in enumerate(shape) if d not in dims)
+        return tuple([1 if d in dims else s for d, s in enumerate(shape)])
+    return tuple([s for d, s in enumerate(shape) if d not in dims])
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(how: Reduction, types: tuple[tuple[torch.dtype, ...], ...], **rest: Any) -> Constants:
+    """Constants of :func:`reduce_kernel` for inputs of ``types``: own dtype, the one converted to, and the one computed in."""
+    others = how.other if isinstance(how.other, tuple) else (how.other,) * len(types)
+    return Constants((("LANE", how.lane), ("FOLD", how.merge if how.fold is None else how.fold), ("MERGE", how.merge),
+                      ("BLOCK", how.block), ("POST", how.post),
+                      ("OTHER", tuple([function(own) for function, (own, _, _) in zip(others, types)])),
+                      ("HOW", tuple([(TRITON[common], TRITON[compute]) for _, common, compute in types])), *rest.items()))
 
 
 def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tuple[int, ...], keepdim: bool,
@@ -805,9 +821,10 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
         outs = tuple([Out(i) for i in range(len(allocs))])
     returns = outs[0] if len(outs) == 1 else outs
     metas = {s.ref: s.meta for s in sources}
-    moved = sum(s.meta.numel * s.meta.dtype.itemsize for s in sources) + math.prod(out_shape) * sum(d.itemsize for d in results)
-    flops *= math.prod(shape)
-    if math.prod(out_shape) == 0:
+    elements, out_elements = math.prod(shape), math.prod(out_shape)
+    moved = elements * sum([s.meta.dtype.itemsize for s in sources]) + out_elements * sum([d.itemsize for d in results])
+    flops *= elements
+    if out_elements == 0:
         return Plan(tuple(allocs), (), returns, metas, bytes=moved, flops=flops)
     strides = [s.meta.stride for s in sources]
     at_out = iter(out_stride)
@@ -827,10 +844,10 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
     r_steps = reduced.strides or ((),) * len(sources)
     fastest = min((st for st in r_steps[0] if st), default=0)
     inner = nk == 1 or (0 < fastest < min((st for st in k_steps[0] if st), default=1 << 62))
-    itemsize = max(s.meta.dtype.itemsize for s in sources)
+    itemsize = max([s.meta.dtype.itemsize for s in sources])
     compute = sources[0].compute
     # Empty tensors may have any strides; what counts is the greatest offset.
-    wide = nk * max(nr, 1) >= 2**31 - 2**17 or any(s.meta.extent >= 2**31 for s in sources)
+    wide = nk * max(nr, 1) >= 2**31 - 2**17 or any([s.meta.extent >= 2**31 for s in sources])
     index = torch.int64 if wide else torch.int32
     state_dtypes = [index if d == "index" else d for d in how.states(compute)]
     # A step that stays within the fastest reduced dimension divides only scalars; short ones would waste its lanes.
@@ -849,10 +866,7 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
     k_sizes = tuple([Size(s) for s in kept.sizes[:-1]])
     # The fastest one bounds the mask of a step, so that its divisibility makes wide loads.
     r_sizes = tuple([s if d == 0 and stepped else Size(s) for d, s in enumerate(reduced.sizes[:-1])])
-    fold = how.fold if how.fold is not None else how.merge
-    how_loaded = tuple([(TRITON[s.common], TRITON[s.compute]) for s in sources])
-    others = how.other if isinstance(how.other, tuple) else (how.other,) * len(sources)
-    other = tuple([function(s.meta.dtype) for function, s in zip(others, sources)])
+    types = tuple([(s.meta.dtype, s.common, s.compute) for s in sources])
     grid_k = -(-nk // schedule.block_k)
     if splits > 1:
         first = len(allocs)
@@ -864,10 +878,8 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
         reduce_kernel, (grid_k, splits, 1),
         (into, tuple([s.ref for s in sources]), nk, nr, Size(nr), Size(total), Size(steps), k_sizes, r_sizes, out_steps, k_steps,
          r_steps, params),
-        (("LANE", how.lane), ("FOLD", fold), ("MERGE", how.merge), ("BLOCK", how.block), ("POST", how.post), ("OTHER", other),
-         ("HOW", how_loaded), ("INNER", inner), ("STEPPED", stepped), ("LOOP", total > 1 and steps > schedule.group),
-         ("SPLIT", splits > 1), ("WIDE", wide), ("EVICT", evict),
-         ("BLOCK_K", schedule.block_k), ("BLOCK_R", block_r), ("GROUP", schedule.group if total > 1 else 1)), schedule.warps)]
+        _constants(how, types, INNER=inner, STEPPED=stepped, LOOP=total > 1 and steps > schedule.group, SPLIT=splits > 1, WIDE=wide,
+                   EVICT=evict, BLOCK_K=schedule.block_k, BLOCK_R=block_r, GROUP=schedule.group if total > 1 else 1), schedule.warps)]
     if splits > 1:
         block_s = power_of_2(splits)
         identity = tuple([torch.iinfo(index).max if d == "index" else v for d, v in zip(how.states(compute), how.identity(compute))])
@@ -974,16 +986,9 @@ def _source(call: Call, common: torch.dtype, compute: torch.dtype, index: int = 
     return Source(Arg(index), call.args[index], common, compute)
 
 
-def _optional(call: Call, name: str, default: Any = None) -> Any:
-    for p, value in zip(parameters(call.op), call.args):
-        if p.name == name:
-            return value
-    return default
-
-
 def _dims(call: Call) -> tuple[tuple[int, ...], bool]:
     """The reduced dimensions, and keepdim, of a call whose op calls them so."""
-    return canonical_dims(_optional(call, "dim"), call.args[0].ndim), bool(_optional(call, "keepdim", False))
+    return canonical_dims(call.get("dim"), call.args[0].ndim), bool(call.get("keepdim", False))
 
 
 def _written(call: Call, *allowed: torch.dtype) -> None:
@@ -1004,7 +1009,7 @@ _FLOATS = dtype(*FLOAT)
 
 def _sum_dtype(call: Call) -> torch.dtype:
     """The result's dtype: ``dtype=``, else that of ``out=``, else PyTorch's (int64 for integers)."""
-    given = _optional(call, "dtype")
+    given = call.get("dtype")
     if given is None and call.outs is not None:
         given = call.outs[0].dtype
     own = call.args[0].dtype
@@ -1035,7 +1040,7 @@ def _nansum(call: Call) -> Plan:
 
 @planned(["aten.mean.default", "aten.mean.dim"], _NUMBERS, family="reduction", kernel=reduce_kernel, name="mean", writes_out=True)
 def _mean(call: Call) -> Plan:
-    given = _optional(call, "dtype")
+    given = call.get("dtype")
     if given is None:
         given = call.args[0].dtype
     if given not in FLOAT:
@@ -1134,7 +1139,7 @@ def _truth(call: Call, how: Reduction) -> Plan:
     meta = call.args[0]
     result = torch.uint8 if meta.dtype == torch.uint8 else torch.bool
     _written(call, torch.bool, torch.uint8)
-    given = _optional(call, "dim")
+    given = call.get("dim")
     if given is not None and given.__class__ is not int and len(given) == 0:
         # The one op whose empty list of dimensions reduces nothing; its result then keeps the input's layout.
         if not meta.is_contiguous:
@@ -1229,7 +1234,8 @@ def _logsumexp(call: Call) -> Plan:
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def _norm_of(p: float, lanes: Sequence[Any]) -> tuple[Reduction, bool]:
+@functools.lru_cache(maxsize=256)
+def _norm_of(p: float, lanes: tuple[Any, ...]) -> tuple[Reduction, bool]:
     """The reduction for the norm of order ``p``, and whether it takes p as a parameter.
 
     ``lanes``: the lane functions for orders 0, 1 (and infinities), 2, and any other.
@@ -1270,7 +1276,7 @@ def _norm_plan(call: Call, sources: Sequence[Source], p: Any, position: int, lan
 
 def _norm_dtype(call: Call) -> torch.dtype:
     d = call.args[0].dtype
-    given = _optional(call, "dtype")
+    given = call.get("dtype")
     if given is not None and (given not in FLOAT or torch.promote_types(d, given) != given):
         raise Decline("PyTorch rejects it: dtype= would narrow the input")
     result = d if given is None else given
