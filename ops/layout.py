@@ -41,8 +41,10 @@ def broadcast_strides(meta: TensorMeta, shape: tuple[int, ...]) -> tuple[int, ..
     if meta.shape == shape:
         return meta.stride
     lead = len(shape) - len(meta.shape)
-    return (0,) * lead + tuple(0 if own == 1 and size != 1 else stride
-                               for own, size, stride in zip(meta.shape, shape[lead:], meta.stride))
+    here = shape[lead:]
+    if here == meta.shape:
+        return (0,) * lead + meta.stride
+    return (0,) * lead + tuple([0 if own == 1 and size != 1 else stride for own, size, stride in zip(meta.shape, here, meta.stride)])
 
 
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -110,33 +112,36 @@ def stride_order(shape: tuple[int, ...], operands: Sequence[tuple[int, ...]]) ->
     return order
 
 
-def output_strides(shape: tuple[int, ...], inputs: Sequence[TensorMeta], has_number: bool = False) -> tuple[int, ...]:
+def output_strides(shape: tuple[int, ...], inputs: Sequence[TensorMeta], has_number: bool = False,
+                   expanded: Sequence[tuple[int, ...]] | None = None) -> tuple[int, ...]:
     """The strides PyTorch gives a new result of ``shape`` of an elementwise op on ``inputs``.
 
-    ``has_number``: a Python number is among the operands; it counts as a 0-dim tensor.
+    ``has_number``: a Python number is among the operands; it counts as a 0-dim tensor. ``expanded``: the inputs' strides,
+    broadcast to ``shape``, if they are known.
     """
+    dense = contiguous_strides(shape)
     if all([m.shape == shape for m in inputs]) and (not has_number or not shape):
         first = inputs[0].stride if inputs else ()
         if all([m.is_contiguous for m in inputs]):
-            return contiguous_strides(shape)
+            return dense
         last = channels_last_strides(shape)
         if last is not None and all(_matches(shape, m.stride, last) for m in inputs):
             return last
         if all(m.stride == first for m in inputs) and is_dense(shape, first):
             return first
-    expanded = [broadcast_strides(m, shape) for m in inputs if m.shape]
-    if len(expanded) == 1 and expanded[0] == contiguous_strides(shape) and 0 not in shape:
-        return expanded[0]
+    if expanded is None:
+        expanded = [broadcast_strides(m, shape) for m in inputs]
+    expanded = [strides for strides, m in zip(expanded, inputs) if m.shape]
+    if len(expanded) == 1 and expanded[0] == dense and 0 not in shape:
+        return dense
     if all([_descends(strides) for strides in expanded]):
-        return contiguous_strides(shape)
+        return dense
     order = stride_order(shape, expanded)
     strides, step = [0] * len(shape), 1
     for d in order:
         strides[d] = step
         step *= shape[d]
-    if order == list(range(len(shape) - 1, -1, -1)):
-        return contiguous_strides(shape)
-    return tuple(strides)
+    return dense if order == list(range(len(shape) - 1, -1, -1)) else tuple(strides)
 
 
 def preserved_strides(meta: TensorMeta) -> tuple[int, ...]:

@@ -273,9 +273,8 @@ def _fitted(tile: Tile, itemsize: int, target: Target) -> Tile:
         return replace(tile, stages=2)  # 64 KiB; one buffer for two stages
     if target.backend == "cuda" and int(target.arch) < 90 and tile.count >= 128 * 128:
         tile = replace(tile, warps=8)  # without wgmma operands take registers too: 4 warps spill
-    limit = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(int(target.arch), 99) * 1024 if target.backend == "cuda" else 64 * 1024
     stages = tile.stages
-    while stages > 1 and _shared_memory(tile, itemsize, stages) > limit:
+    while stages > 1 and _shared_memory(tile, itemsize, stages) > target.shared_memory:
         stages -= 1
     return tile if stages == tile.stages else replace(tile, stages=stages)
 
@@ -393,7 +392,7 @@ _made: dict[tuple[Any, ...], Constants] = {}
 def _constants(activation: Any, **rest: Any) -> Constants:
     """Constants by name; PyTorch's dtypes among them become Triton's."""
     # By its id, which stays its own as long as the constants are kept: Triton hashes a function by its source.
-    key = id(activation), *rest.items()
+    key = id(activation), *rest, *rest.values()
     constants = _made.get(key)
     if constants is None:
         pairs = [(name, TRITON[value] if value.__class__ is torch.dtype else value) for name, value in rest.items()]

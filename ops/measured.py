@@ -9,6 +9,7 @@ Rows hold only for GPUs of the compute capability that they name. Elsewhere, and
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -129,6 +130,11 @@ def serves_slower() -> bool:
     return os.environ.get("GEMSMODE_SLOWER", "") == "serve"
 
 
+@functools.cache
+def _rows(family: str, capability: int | str) -> tuple[Slower, ...]:
+    return tuple(row for row in SLOWER if row.family == family and row.capability == capability)
+
+
 def check_measured(family: str, target: Target, **facts: Any) -> None:
     """Decline a call whose facts are those of a class in :data:`SLOWER`.
 
@@ -137,6 +143,6 @@ def check_measured(family: str, target: Target, **facts: Any) -> None:
     """
     if target.backend != "cuda":
         return
-    for row in SLOWER:
-        if row.family == family and row.capability == target.arch and row.test(**facts) and not serves_slower():
+    for row in _rows(family, target.arch):
+        if row.test(**facts) and not serves_slower():
             raise Decline(f"PyTorch's own is faster for {row.what} ({row.measured})")

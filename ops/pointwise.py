@@ -392,6 +392,7 @@ def _build(call: Call, typed: Typed, tensors: Sequence[TensorMeta], shape: tuple
         shape = own_shape if alike else broadcast_shape([m.shape for m in tensors])
     elif alike:
         alike = shape == own_shape
+    expanded = [own_stride] * len(tensors) if alike else [broadcast_strides(m, shape) for m in tensors]
     n = 1
     for size in shape:
         n *= size
@@ -409,7 +410,7 @@ def _build(call: Call, typed: Typed, tensors: Sequence[TensorMeta], shape: tuple
             if alike and (shape or not has_number) and (own_stride == dense or first.is_contiguous):
                 out_stride, flat = dense, True
             else:
-                out_stride = output_strides(shape, tensors, has_number)
+                out_stride = output_strides(shape, tensors, has_number, expanded)
         allocs = tuple([Alloc(shape, out_stride, d) for d in typed.out_dtypes])
         outs = tuple([Out(i) for i in range(len(allocs))])
         out_metas = allocs
@@ -432,7 +433,8 @@ def _build(call: Call, typed: Typed, tensors: Sequence[TensorMeta], shape: tuple
         if flat:
             launches = (_flat(call.target, function, kinds, outs, ins, n, itemsize),)
         else:
-            launches = (_strided(call.target, function, kinds, outs, ins, [m.stride for m in out_metas], tensors, shape, n, itemsize),)
+            steps = [*[m.stride for m in out_metas], *expanded]
+            launches = (_merged(call.target, function, kinds, outs, ins, steps, shape, n, itemsize),)
     return Plan(allocs, launches, outs[0] if len(outs) == 1 else outs, metas, True, (), moved, n * typed.flops)
 
 
@@ -455,6 +457,11 @@ def _last(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 def _strided(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins: tuple[Any, ...],
              out_strides: list[tuple[int, ...]], tensors: Sequence[TensorMeta], shape: tuple[int, ...], n: int, itemsize: int) -> Launch:
     expanded = out_strides + [broadcast_strides(m, shape) for m in tensors]
+    return _merged(target, function, kinds, outs, ins, expanded, shape, n, itemsize)
+
+
+def _merged(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], ins: tuple[Any, ...],
+            expanded: list[tuple[int, ...]], shape: tuple[int, ...], n: int, itemsize: int) -> Launch:
     loops = merge(shape, expanded)
     if loops.is_flat:
         return _flat(target, function, kinds, outs, ins, n, itemsize)
@@ -529,13 +536,6 @@ class Declaration:
 declarations: list[Declaration] = []
 
 
-def _kind_of(value: Any, device_type: str) -> tuple[Any, ...]:
-    """What of an argument types depend on: a tensor's dtype, whether it has dimensions and else is there; a number's class."""
-    if value.__class__ is TensorMeta:
-        return value.dtype, bool(value.shape) or value.device.type == device_type
-    return (value.__class__,)
-
-
 def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = ALL, promote: Sequence[str] | None = None,
               keep: Sequence[str] = (), compute: str | Callable[[torch.dtype], torch.dtype] = "opmath", round_numbers: bool = False,
               outputs: Sequence[torch.dtype | None] = (None,), select: Callable[[Call], Any] | None = None,
@@ -580,13 +580,18 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
         allowed = frozenset(dtypes)
         allowed_names = "{" + ", ".join(dtype_name(d) for d in dtypes) + "}"
 
-        ready: dict[tuple[Any, ...], tuple[Typed, tuple[int, ...]]] = {}
+        commons: dict[tuple[Any, ...], torch.dtype] = {}
+        ready: dict[tuple[Any, ...], tuple[Typed, tuple[int, ...], bool]] = {}
 
         def note(call: Call) -> tuple[tuple[Any, ...], torch.dtype]:
             """All of ``call`` that types depend on, and the promoted dtype; for the planner too."""
             here = call.target.device_type
-            kinds = tuple([_kind_of(value, here) for value in call.args])
-            common = result_type([call.args[index[n]] for n in promoted if call.args[index[n]] is not None])
+            # A tensor's dtype, whether it has dimensions, and if not, whether it is there; the class of anything else.
+            kinds = torch.get_default_dtype(), *[
+                (v.dtype, 2 if v.shape else v.device.type == here) if v.__class__ is TensorMeta else v.__class__ for v in call.args]
+            common = commons.get(kinds)
+            if common is None:
+                common = commons[kinds] = result_type([call.args[index[n]] for n in promoted if call.args[index[n]] is not None])
             call.noted = kinds, common
             return call.noted
 
@@ -596,8 +601,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
                 return True, ""
             return False, f"{dtype_name(common)} is not in {allowed_names}" + (": complex is not handled yet" if common.is_complex else "")
 
-        def make_ready(call: Call, common: torch.dtype, chosen: Any) -> tuple[Typed, tuple[int, ...]]:
-            """What of the plan depends on dtypes alone, and the places of the tensors among the arguments."""
+        def make_ready(call: Call, common: torch.dtype, chosen: Any) -> tuple[Typed, tuple[int, ...], bool]:
+            """What of the plan depends on dtypes alone, the places of the tensors among the arguments, and whether numbers are promoted."""
             if kind == INT_TO_FLOAT and not common.is_floating_point:
                 common = torch.get_default_dtype()
             elif kind == BOOL_TO_LONG and common == torch.bool:
@@ -617,7 +622,8 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
             places = tuple([index[n] for n, o in zip(chosen.arg_names, operands) if o.meta is not None])
             if not places:
                 raise Decline("no tensor on the mode's device")
-            return _typed(chosen, operands, [d or result for d in outputs], flops), places
+            has_number = any(call.args[index[n]].__class__ is not TensorMeta for n in promoted)
+            return _typed(chosen, operands, [d or result for d in outputs], flops), places, has_number
 
         if overload.namespace == "aten":
             declarations.append(Declaration(op, (function,), kind, tuple(dtypes)))
@@ -631,13 +637,12 @@ def pointwise(op: str, *, kind: str = DEFAULT, dtypes: Sequence[torch.dtype] = A
             if check is not None:
                 check(call, common)
             chosen = function if select is None else select(call)
-            key = kinds, common, id(chosen), torch.get_default_dtype()
+            key = kinds, id(chosen)
             found = ready.get(key)
             if found is None:
                 found = ready[key] = make_ready(call, common, chosen)
-            typed, places = found
+            typed, places, has_number = found
             stride = None if out_stride is None else out_stride(call)
-            has_number = any([args[index[n]].__class__ is not TensorMeta for n in promoted])
             return _build(call, typed, [args[i] for i in places], None, stride, has_number)
 
         return function
