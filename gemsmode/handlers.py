@@ -361,7 +361,7 @@ class OpHandler:
                     only = a.device
                 elif a.device != only:
                     break
-            elif a.__class__ is tuple:
+            elif a.__class__ is tuple and a and a[0].__class__ is not int:
                 break
         else:
             if only is not None and only.type == wanted and only.index is not None:

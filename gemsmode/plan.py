@@ -63,10 +63,14 @@ class Num(NamedTuple):
     limits: tuple[int, int] | None = None
 
 
-class Size(NamedTuple):
+class Size(int):
     """An integer known to the plan that must not split kernels into classes (a batch stride, a length that grows)."""
 
-    value: int
+    __slots__ = ()
+
+    @property
+    def value(self) -> int:
+        return int(self)
 
 
 def extent(value: int) -> int | Size:
@@ -356,12 +360,12 @@ def _walk(plan: Plan, args: tuple[Any, ...], flat: list[Any], values: list[Any])
     for value in args:
         cls = value.__class__
         if cls is int:
-            flat.append(integer_type(value))
+            # The classes of `integer_type`, in short.
+            flat.append(("1" if value == 1 else value & 15 == 0) if -0x80000000 <= value < 0x80000000 else integer_type(value))
             values.append(value)
         elif cls is Size:
-            number, = value
-            flat.append("n" if -0x80000000 <= number < 0x80000000 else "N")
-            values.append(number)
+            flat.append("n" if -0x80000000 <= value < 0x80000000 else "N")
+            values.append(value.real)
         elif cls is tuple:
             flat.append(~len(value))
             if value:

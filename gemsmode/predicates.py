@@ -105,7 +105,7 @@ def dtype(*dtypes: torch.dtype, arg: str | None = None) -> Predicate:
             if value.__class__ is TensorMeta:
                 if value.dtype not in allowed:
                     return found(call)
-            elif value.__class__ in (list, tuple):
+            elif value.__class__ in (list, tuple) and not all([v.__class__ is not TensorMeta or v.dtype in allowed for v in value]):
                 return found(call)
         return True, ""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import keyword
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,10 +52,7 @@ class TensorMeta(NamedTuple):
 
     @property
     def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
     @property
     def is_contiguous(self) -> bool:
@@ -191,7 +189,7 @@ def describe(arg: Any) -> Any:
     if isinstance(arg, torch.Tensor):
         return TensorMeta.of(arg)
     if arg.__class__ in (list, tuple):
-        return tuple(describe(item) for item in arg)
+        return tuple([describe(item) for item in arg])
     return arg
 
 

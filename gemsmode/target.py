@@ -46,7 +46,7 @@ class Target:
     multiprocessors: int = 132
     present: bool = True
 
-    @property
+    @functools.cached_property
     def interpreted(self) -> bool:
         return self.backend == "interpreter"
 
@@ -57,19 +57,19 @@ class Target:
 
         return GPUTarget(self.backend, self.arch, self.warp_size)
 
-    @property
+    @functools.cached_property
     def shared_memory(self) -> int:
         """Bytes of shared memory that one program can have."""
         if self.backend == "cuda":
             return _SHARED_MEMORY.get(int(self.arch), 99) * 1024
         return 64 * 1024
 
-    @property
+    @functools.cached_property
     def has_wgmma(self) -> bool:
         """Whether the tensor cores read their operands from shared memory (compute capability 9.0, and 10.x in its own way)."""
         return self.backend == "cuda" and 90 <= int(self.arch) < 120
 
-    @property
+    @functools.cached_property
     def has_tma(self) -> bool:
         """Whether the device has tensor-memory-access descriptors (compute capability 9.0 and later)."""
         return self.backend == "cuda" and int(self.arch) >= 90

@@ -370,7 +370,7 @@ class Matrix(NamedTuple):
 
     @property
     def transposed(self) -> Matrix:
-        return self._replace(row=self.column, column=self.row)
+        return Matrix(self.ref, self.meta, self.batch, self.column, self.row)
 
 
 def float32_precision() -> str:

@@ -13,6 +13,7 @@ Source: the PyTorch documentation of each op and ``torch/_refs``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -414,9 +415,9 @@ def _parts_plan(call: Call, parts: Sequence[tuple[Arg, TensorMeta]], alloc: Allo
         if not sizes:
             sizes, from_strides, to_strides = [1], [1], [1]
         x, *rest = sizes
-        merged.append(Part(ref, start, x, rest, _product(rest), _outer(from_strides), _outer(to_strides)))
+        merged.append(Part(ref, start, x, rest, math.prod(rest), _outer(from_strides), _outer(to_strides)))
     out_itemsize = itemsize = alloc.dtype.itemsize
-    moved, largest = 0, _product(alloc.shape)
+    moved, largest = 0, math.prod(alloc.shape)
     for _, meta in parts:
         itemsize = max(itemsize, meta.dtype.itemsize)
         moved += meta.numel * (meta.dtype.itemsize + out_itemsize)
@@ -458,13 +459,6 @@ def _outer(strides: list[int]) -> tuple[int | Size, ...]:
 @functools.cache
 def _cat_constants(wide: bool, rows: int, columns: int) -> Constants:
     return Constants((("WIDE", wide), ("BLOCK_Y", rows), ("BLOCK_X", columns)))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    n = 1
-    for s in sizes:
-        n *= s
-    return n
 
 
 @planned("aten.cat.default", _SUPPORTED, family="movement", kernel=cat_kernel)

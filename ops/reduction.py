@@ -778,6 +778,11 @@ def reduced_shape(shape: tuple[int, ...], dims: Sequence[int], keepdim: bool) ->
     return tuple([s for d, s in enumerate(shape) if d not in dims])
 
 
+def _fastest(strides: tuple[int, ...]) -> int:
+    """The least stride that is not 0; 0 if there is none."""
+    return min([step for step in strides if step], default=0)
+
+
 @functools.lru_cache(maxsize=4096)
 def _constants(how: Reduction, types: tuple[tuple[torch.dtype, ...], ...], **rest: Any) -> Constants:
     """Constants of :func:`reduce_kernel` for inputs of ``types``: own dtype, the one converted to, and the one computed in."""
@@ -842,8 +847,8 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
     out_steps = kept.strides[-1] if kept.strides else ()
     k_steps = kept.strides[:-1] if kept.strides else ((),) * len(sources)
     r_steps = reduced.strides or ((),) * len(sources)
-    fastest = min((st for st in r_steps[0] if st), default=0)
-    inner = nk == 1 or (0 < fastest < min((st for st in k_steps[0] if st), default=1 << 62))
+    fastest, fastest_kept = _fastest(r_steps[0]), _fastest(k_steps[0])
+    inner = nk == 1 or (0 < fastest and (fastest < fastest_kept or not fastest_kept))
     itemsize = max([s.meta.dtype.itemsize for s in sources])
     compute = sources[0].compute
     # Empty tensors may have any strides; what counts is the greatest offset.
@@ -861,8 +866,7 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
     steps = -(-max(total, 1) // (splits * schedule.group)) * schedule.group
     splits = -(-max(total, 1) // steps)
     run = min(row, block_r) if inner else min(nk, schedule.block_k)
-    fastest_stride = fastest if inner else min((st for st in k_steps[0] if st), default=0)
-    evict = eviction(moved, fastest_stride, run * sources[0].meta.dtype.itemsize)
+    evict = eviction(moved, fastest if inner else fastest_kept, run * sources[0].meta.dtype.itemsize)
     k_sizes = tuple([Size(s) for s in kept.sizes[:-1]])
     # The fastest one bounds the mask of a step, so that its divisibility makes wide loads.
     r_sizes = tuple([s if d == 0 and stepped else Size(s) for d, s in enumerate(reduced.sizes[:-1])])
