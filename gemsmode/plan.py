@@ -374,8 +374,10 @@ def _walk(plan: Plan, args: tuple[Any, ...], flat: list[Any], values: list[Any])
             flat.append(float)
             values.append(value)
         elif cls is At:
-            flat += (value.ref, _pointer_type(plan, value, True))
-            values.append(value.elements * _ref_dtype(plan, value.ref).itemsize)
+            ref, elements = value
+            start = elements * _ref_dtype(plan, ref).itemsize
+            flat += (At, ref, start % 16 == 0)
+            values.append(start)
         else:
             flat.append(value)
 
@@ -394,7 +396,8 @@ def _walk_returns(returns: Any, values: list[Any]) -> Any:
 def _make_ready(plan: Plan, target: Target, arity: int, device: int, empty: Callable[..., torch.Tensor]) -> _Ready:
     wanted = specs(plan)
     entries = [launch.entry(launch.compile(s, target, device), s) for s in wanted]
-    if None in entries or target.device_type != "cuda":
+    known = [e for e in entries if e is not None]
+    if len(known) < len(entries) or target.device_type != "cuda":
         return None, (), target, wanted
     text = _text(plan, wanted, entries, arity, torch.cuda.device_count() > 1)
     factory = _factories.get(text)
@@ -404,7 +407,7 @@ def _make_ready(plan: Plan, target: Target, arity: int, device: int, empty: Call
         factory = _factories[text] = scope["make"]
     fixed = [empty, torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice, device, _number, _draw, _host, target.device_type,
              torch.uint8]
-    for e in entries:
+    for e in known:
         fixed += (e.function, *e.before)
     return factory, tuple(fixed), target, wanted
 
@@ -436,7 +439,7 @@ class _Public:
             self._made = {}
         run = self._made.get(aligned)
         if run is None:
-            run = self._made[aligned] = _bind_public(*self._given, aligned)
+            run = self._made[aligned] = _bind_public(*self._given, aligned=aligned)
         return run(*args)
 
 

@@ -44,7 +44,7 @@ class TensorMeta(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorMeta:
-        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+        return tuple.__new__(cls, (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device))
 
     @property
     def ndim(self) -> int:

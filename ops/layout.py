@@ -158,7 +158,7 @@ class Loops(NamedTuple):
     @property
     def is_flat(self) -> bool:
         """One dimension along which every operand is dense."""
-        return len(self.sizes) == 1 and all(s == (1,) for s in self.strides)
+        return len(self.sizes) == 1 and all([s == (1,) for s in self.strides])
 
 
 def merge(shape: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> Loops:
@@ -173,7 +173,7 @@ def merge(shape: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> Loops:
         if size == 1:
             continue
         column = by_dimension[d]
-        if sizes and column == tuple([step * sizes[-1] for step in columns[-1]]):
+        if sizes and column[0] == columns[-1][0] * sizes[-1] and column == tuple([step * sizes[-1] for step in columns[-1]]):
             sizes[-1] *= size
         else:
             sizes.append(size)

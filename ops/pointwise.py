@@ -471,7 +471,7 @@ def _merged(target: Target, function: Any, kinds: Any, outs: tuple[Any, ...], in
         raise Decline(f"{len(sizes)} dimensions are left after merging; at most {MAX_DIMS} are handled")
     count = len(outs)
     y = _other_axis(loops)
-    transposed = any(s[y] == 1 and s[0] > 1 for s in loops.strides) if y else False
+    transposed = any([s[y] == 1 and s[0] > 1 for s in loops.strides]) if y else False
     if y and (sizes[0] >= 16 or transposed):
         tile = choose_tile(sizes[0], sizes[y], transposed, itemsize, target)
         rest = [d for d in range(1, len(sizes)) if d != y]

@@ -744,13 +744,13 @@ def merge_dims(columns: Sequence[tuple[int, tuple[int, ...]]], ordered: bool) ->
     sizes: list[int] = []
     steps: list[tuple[int, ...]] = []
     for size, strides in alive:
-        if sizes and all(last * sizes[-1] == now for last, now in zip(steps[-1], strides)):
+        if sizes and all([last * sizes[-1] == now for last, now in zip(steps[-1], strides)]):
             sizes[-1] *= size
         else:
             sizes.append(size)
             steps.append(strides)
     operands = len(columns[0][1]) if columns else 0
-    return Dims(tuple(sizes), tuple(tuple(s[i] for s in steps) for i in range(operands)))
+    return Dims(tuple(sizes), tuple(zip(*steps)) if steps else ((),) * operands)
 
 
 def canonical_dims(dims: Any, ndim: int) -> tuple[int, ...]:
@@ -831,16 +831,15 @@ def reduce_plan(call: Call, how: Reduction, sources: Sequence[Source], dims: tup
     flops *= elements
     if out_elements == 0:
         return Plan(tuple(allocs), (), returns, metas, bytes=moved, flops=flops)
-    strides = [s.meta.stride for s in sources]
     at_out = iter(out_stride)
     kept_columns, reduced_columns = [], []
-    for d, size in enumerate(shape):
+    for d, (size, *steps_in) in enumerate(zip(shape, *[s.meta.stride for s in sources])):
         if d in dims:
-            reduced_columns.append((size, tuple([s[d] for s in strides])))
+            reduced_columns.append((size, tuple(steps_in)))
             if keepdim:
                 next(at_out)
         else:
-            kept_columns.append((size, (*[s[d] for s in strides], next(at_out))))
+            kept_columns.append((size, (*steps_in, next(at_out))))
     kept = merge_dims(kept_columns, False)
     reduced = merge_dims(reduced_columns, how.indexed)
     nk, nr = kept.count, reduced.count
