@@ -444,7 +444,7 @@ class _Public:
 
 
 def _bind_public(plan: Plan, target: Target, device: int, empty: Callable[..., torch.Tensor],
-                 native: Callable[..., Any], aligned: bool = True) -> Callable[..., Any]:
+                 native: Callable[..., Any], *, aligned: bool) -> Callable[..., Any]:
     """Run ``plan`` through Triton's public launcher, on ``device`` whichever device is current."""
     wanted = specs(plan, aligned)
     compiled = [launch.compile(s, target, device) for s in wanted]
