@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -140,3 +141,11 @@ def skip_without_cuda(device: str, gpus: int = 1) -> None:
         pytest.skip(needs_cuda)
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs; PyTorch sees {torch.cuda.device_count()}")
+
+
+def skip_in_company(device: str) -> None:
+    """Skip a test of time on a GPU that other workers use at the same moment."""
+    import pytest
+
+    if device != "cpu" and "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("measures time on a GPU, which it must have to itself: run it without -n")

@@ -68,7 +68,9 @@ def check(function: Callable[..., Any], *args: Any, slack: float = 1.3, k: int =
             # Step j of a sum of products of variance 1 rounds a value of sqrt(j), with an error of at most eps / 2 of it and
             # of eps / sqrt(24) in the mean (0.29 eps where it is worst): over k steps that is eps * k * 0.2, of sqrt(k).
             accumulated = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
-            in_order = exact[finite].square().mean().sqrt().item() * accumulated * k**0.5 * 0.25
+            # The squares' products have that size too where all results are one number, and that number is near zero.
+            squares = function(*(a.square() for a in in_float64(args)))[finite] if k else exact.new_zeros(1)
+            in_order = squares.mean().sqrt().item() * accumulated * k**0.5 * 0.25
             assert mine <= max(slack * own, rounding * (64 if got.dtype == torch.float64 else 2), in_order), (mine, own, rounding, in_order)
     return got
 
@@ -114,8 +116,10 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize(("left", "right"), list(itertools.product(LAYOUTS, repeat=2)))
 def test_layouts(left: str, right: str) -> None:
     a, b = LAYOUTS[left](normal(33, 40)), LAYOUTS[right](normal(40, 70, seed=1))
-    check(torch.mm, a, b)
-    check(torch.mm, a[:5], b)
+    # Of expanded operands all results are one number, whose error is one draw.
+    k = 40 if "expanded" in left and "expanded" in right else 0
+    check(torch.mm, a, b, k=k)
+    check(torch.mm, a[:5], b, k=k)
     check(torch.mv, a, b[:, 3])
     check(torch.bmm, torch.stack((a, a + 1)).transpose(0, 1)[:3].transpose(-1, -2), LAYOUTS[right](normal(3, 2, 9)))
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from five_models import BASE, MODELS, model_and_inputs, train_step
-from support import Counting, skip_without_cuda
+from support import Counting, skip_in_company, skip_without_cuda
 from torch import nn
 
 from gemsmode import GemsMode, MismatchWarning, Registry, registry, rule
@@ -145,6 +145,7 @@ def test_device_time_is_the_profilers(name: str, device: str) -> None:
     The profiler watches another step, since with it the host is slower than the device, which then waits between two events.
     """
     skip_without_cuda(device)
+    skip_in_company(device)
     from torch.autograd import DeviceType
 
     scale = dataclasses.replace(BASE, batch=64 if name == "vit" else 32)

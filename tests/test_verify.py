@@ -205,13 +205,14 @@ def test_tf32_is_tolerated_where_it_is_allowed(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(gemsmode.verify, "may_be_tf32", lambda name, dtype, _: asked(name, dtype, "cuda"))
     monkeypatch.setattr(gemsmode.verify, "_float32_precision", lambda kind: "tf32")
     torch.manual_seed(0)
-    with verified(local(op, function), on_mismatch="raise") as mode:
+    with torch.device("cpu"), verified(local(op, function), on_mismatch="raise") as mode:
         program()
     (check,) = mode.report.checks
     assert check.compared == 1 and 0.001 < check.allowed < 1
     monkeypatch.setattr(gemsmode.verify, "_float32_precision", lambda kind: "ieee")
     torch.manual_seed(0)
-    with pytest.raises(MismatchError, match="too far off"), verified(local(op, function), on_mismatch="raise"):
+    with (torch.device("cpu"), pytest.raises(MismatchError, match="too far off"),
+          verified(local(op, function), on_mismatch="raise")):
         program()
 
 
