@@ -166,7 +166,7 @@ def test_device_time_is_the_profilers(name: str, device: str) -> None:
     kernels = sum(e.self_device_time_total for e in profile.events()
                   if e.device_type == DeviceType.CUDA and not e.is_user_annotation) / 1e6
     print(f"{name}: profiler {kernels * 1e3:.2f} ms, report {ours * 1e3:.2f} ms ({ours / kernels:.3f}x), {calls:.0f} calls; "
-          f"two events with nothing between them are {mode.report.environment['event_gap_us']:.2f} us apart")
+          f"two events add {mode.report.environment['event_gap_us']:.2f} us to a call")
     assert ours == pytest.approx(kernels, rel=0.05)
 
 
