@@ -21,12 +21,22 @@ _F = torch._C._VariableFunctions
 
 _N = torch._C._nn
 
+
+def _view(self: torch.Tensor, size: Any) -> torch.Tensor:
+    # A list as one argument is first tried as a dtype, and costs half as much again as its numbers one by one.
+    return _T.view(self, *size) if size else _T.view(self, size)
+
+
+def _permute(self: torch.Tensor, dims: Any) -> torch.Tensor:
+    return _T.permute(self, *dims) if dims else _T.permute(self, dims)
+
+
 BINDINGS: dict[str, Callable[..., Any]] = {
     # views
-    "aten.view.default": _T.view,
+    "aten.view.default": _view,
     "aten.t.default": _T.t,
     "aten.transpose.int": _T.transpose,
-    "aten.permute.default": _T.permute,
+    "aten.permute.default": _permute,
     "aten.unsqueeze.default": _T.unsqueeze,
     "aten.squeeze.default": _T.squeeze,
     "aten.squeeze.dim": _T.squeeze,

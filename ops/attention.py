@@ -652,6 +652,9 @@ def _attention(call: Call, causal: bool, bias_name: str = "", rows_first: bool =
         raise Decline("batch sizes, heads or head dimensions that do not fit")
     if 0 in (batch, heads, m, n, d, value_d):
         raise Decline("an empty input")
+    if max(d, value_d) > 128 and metas[0].dtype == torch.float32 and call.get("compute_log_sumexp"):
+        raise Decline(f"float32 head dimensions {d} and {value_d} with gradients to come; they must be at most 128: beyond it "
+                      "the backward is PyTorch's, whose rounding errors are larger with another kernel's results")
     if call["dropout_p"] != 0.0:
         raise Decline("dropout inside the attention: its mask would not be the one that PyTorch's kernels draw")
     scale = call["scale"]

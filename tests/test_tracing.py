@@ -16,6 +16,7 @@ import time
 import tracemalloc
 import weakref
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -561,7 +562,8 @@ def test_a_device_without_work_is_kept_busy() -> None:
     assert not has_note(without.report(), "kept busy")
 
 
-def test_calls_that_follow_each_other_are_placed_end_to_end() -> None:
+def test_calls_that_follow_each_other_are_placed_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemsmode.tracing.clock._AT_ONCE_NS", -1)
     recorder, fake = device_recorder(keeps_busy=True)
     call(recorder)
     fake.busy = True
@@ -576,6 +578,38 @@ def test_calls_that_follow_each_other_are_placed_end_to_end() -> None:
     # The pauses of 1 ms between the fake's calls are made up for at least once in so many calls.
     assert all(0 <= (2 * i * 1_000_000 + starts[0]) - start < 33_000_000 for i, start in enumerate(starts))
     assert starts[-1] - starts[0] > 2 * HARVEST_AT * 2 * 1_000_000 - 33_000_000
+
+
+def test_a_call_that_begins_at_once_has_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemsmode.tracing.clock._AT_ONCE_NS", 10**12)
+    recorder, fake = device_recorder(keeps_busy=True)
+    call(recorder)
+    fake.busy = True
+    call(recorder, 2 * HARVEST_AT)
+    assert fake.made == 2 * HARVEST_AT + 3  # one for the place of all, one start, and the ends
+    op, decision = torch.ops.aten.add.Tensor, Decision("rule", "add", bytes=10)
+    elsewhere = [torch.empty(1)]
+    recorder.end(recorder.begin(op, decision), op, decision, tuple(elsewhere))  # on another device: not timed
+    call(recorder, 3)
+    outer = recorder.begin(op, decision)
+    call(recorder, 2)
+    recorder.end(outer, op, decision, ())
+    call(recorder)
+    fake.busy = False
+    (first,), (second,) = ([r for r in recorder.report().records if bool(r.inputs) == on_cpu] for on_cpu in (False, True))
+    assert (first.calls, first.device_calls) == (2 * HARVEST_AT + 8,) * 2 and (second.calls, second.device_calls) == (1, 0)
+    entries = [e for e in recorder.timeline.entries() if e.device_start >= 0]
+    chained = entries[:2 * HARVEST_AT + 1]
+    assert all(e.device_ns == 1_000_000 for e in chained)
+    assert all(after.device_start == e.device_start + e.device_ns for e, after in pairwise(chained))
+    pool = recorder._clock._pools[0]
+    assert len(pool) == len(set(map(id, pool))) == fake.made - 1  # each event once, but for the one that all are placed by
+    made = fake.made
+    fake.busy = True
+    call(recorder, HARVEST_AT - 1)
+    fake.busy = False
+    assert fake.made == made
+    assert sum(r.device_calls for r in recorder.report().records) == 3 * HARVEST_AT + 7
 
 
 def test_a_busy_device_is_not_waited_for() -> None:

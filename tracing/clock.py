@@ -35,6 +35,11 @@ _AHEAD_CYCLES = 1_750_000
 """For how long a device without work is kept busy while the host gets ahead of it: about a millisecond."""
 
 
+_AT_ONCE_NS = 6_000
+"""A call that begins so soon after the one before it has that call's end as its start: less than it takes to launch anything
+that the mode does not see, such as another library's kernel, whose time would be counted with the call's."""
+
+
 class Mark(NamedTuple):
     """The start of one call on a device; ``event`` is None while a graph is being captured, when nothing is timed."""
 
@@ -43,6 +48,8 @@ class Mark(NamedTuple):
     stream: Any = None
     paused: bool = True
     """Whether the device may have had nothing to do before."""
+    after: Pending | None = None
+    """The call whose end ``event`` is."""
 
 
 class _Runtime(NamedTuple):
@@ -80,22 +87,28 @@ def _runtime(module: Any) -> _Runtime:
                     event.elapsed_time)
 
 
-class Pending(NamedTuple):
-    """A call whose events have been recorded and not been read yet."""
+class Pending:
+    """A call whose events have been recorded and not been read yet.
 
-    mark: Mark
-    end: Any
-    row: Any
-    place: int
-    follows: bool
-    """Whether the device went from the call before, of this thread, to this one without a pause."""
+    Attributes:
+        follows: whether the device went from the call before, of this thread, to this one without a pause.
+        shared: whether ``end`` is the start of the call after it, too, which then puts it back into the pool.
+        read: whether it has been read.
+    """
+
+    __slots__ = ("end", "follows", "mark", "place", "read", "row", "shared")
+
+    def __init__(self, mark: Mark, end: Any, row: Any, place: int, follows: bool) -> None:
+        self.mark, self.end, self.row, self.place, self.follows = mark, end, row, place, follows
+        self.shared = self.read = False
 
 
 class DeviceClock:
     """Measures calls by events on the current stream.
 
-    Nothing here synchronizes except :meth:`finish`. A call takes two events; they come from a pool per device and
-    go back to it once read. Under graph capture no event is recorded, queried or waited for.
+    Nothing here synchronizes except :meth:`finish`. A call takes two events, or one if it begins as soon as the one before it
+    has ended; they come from a pool per device and go back to it once read. Under graph capture no event is recorded, queried
+    or waited for.
 
     Between the events of a call on a device that has nothing else to do lies what the host needs to launch it, which can be
     many times the device's own time. A device found without work is therefore kept busy for about a millisecond, in which
@@ -124,7 +137,7 @@ class DeviceClock:
         self._pools: dict[int, list[Any]] = {}
         self._origins: dict[int, tuple[Any, int]] = {}
         self._begun: Mark | None = None
-        self._queue: deque[Pending] | None = None
+        self._last: tuple[Pending, int, int] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -159,14 +172,34 @@ class DeviceClock:
             origin = self._event(device)
             self._record(origin, stream)
             self._origins[device] = origin, time.perf_counter_ns()
-        naps = self.kept_busy
-        event = self._event(device) if self._keep_busy is None else self._event_ahead(device)
-        self._record(event, stream)
-        mark = self._begun = Mark(event, device, stream, self._keep_busy is None or naps != self.kept_busy)
+        if self._keep_busy is None or self._nap(device):
+            event, paused, after = self._event(device), True, None
+        else:
+            after = self._just_ended(stream)
+            event, paused = self._event(device) if after is None else after.end, False
+        if after is None:
+            self._record(event, stream)
+        if self._keep_busy is not None:
+            self._ahead[device].append(event)
+        mark = self._begun = Mark(event, device, stream, paused, after)
         return mark
 
-    def _event_ahead(self, device: int) -> Any:
-        """An event to record, after the device was given something to do if the host is not far enough ahead of it."""
+    def _just_ended(self, stream: Any) -> Pending | None:
+        """The call before, whose end is to be the start of the one that begins, if nothing can have come between."""
+        if self._last is None:
+            return None
+        last, thread, ended = self._last
+        if (last.mark is not self._begun or last.mark.stream is not stream or thread != threading.get_ident()
+                or time.perf_counter_ns() - ended > _AT_ONCE_NS):
+            return None
+        with self._lock:
+            if last.read:
+                return None
+            last.shared = True
+        return last
+
+    def _nap(self, device: int) -> bool:
+        """Give the device something to do if the host is not far enough ahead of it."""
         ahead = self._ahead.get(device)
         if ahead is None:
             ahead = self._ahead[device] = deque(maxlen=_AHEAD)
@@ -176,9 +209,8 @@ class DeviceClock:
             self._keep_busy(_AHEAD_CYCLES)
             self.kept_busy += 1
             ahead.clear()
-        event = self._event(device)
-        ahead.append(event)
-        return event
+            return True
+        return False
 
     def stop(self, mark: Mark, pending: deque[Pending], row: Any, index: int) -> None:
         """Record an event after the call; its time goes to ``row`` and to place ``index`` of the timeline later."""
@@ -192,16 +224,23 @@ class DeviceClock:
         end = self._event(mark.device)
         self._record(end, mark.stream)
         # No other call began within this one, and none of another thread came between.
-        follows = not mark.paused and self._begun is mark and self._queue is pending
-        self._queue = pending
-        pending.append(Pending(mark, end, row, index, follows))
+        thread = threading.get_ident()
+        follows = not mark.paused and self._begun is mark and self._last is not None and self._last[1] == thread
+        last = Pending(mark, end, row, index, follows)
+        pending.append(last)
         if len(pending) >= HARVEST_AT:
             self.harvest(pending)
+        self._last = last, thread, time.perf_counter_ns()
 
     def give_back(self, mark: Mark) -> None:
         """Put the event of a call that is not to be timed back into the pool."""
-        if mark.event is not None:
-            self._pools.setdefault(mark.device, []).append(mark.event)
+        if mark.event is None:
+            return
+        with self._lock:
+            if mark.after is not None and not mark.after.read:
+                mark.after.shared = False
+            else:
+                self._pools.setdefault(mark.device, []).append(mark.event)
 
     def harvest(self, pending: deque[Pending], wait: bool = False) -> None:
         """Read the pairs that have happened, some at once; all of them if ``wait``, for which the device must be done."""
@@ -220,17 +259,19 @@ class DeviceClock:
 
     def _read(self, block: list[Pending]) -> None:
         at: int | None = None
-        for mark, end, row, index, follows in block:
-            length = int(self._elapsed(mark.event, end) * 1e6)
+        for call in block:
+            mark, row = call.mark, call.row
+            length = int(self._elapsed(mark.event, call.end) * 1e6)
             row.device_ns += length
             row.device_calls += 1
-            if index >= 0:
-                if at is None or not follows:
+            if call.place >= 0:
+                if at is None or not call.follows:
                     origin, then = self._origins[mark.device]
                     at = then + int(self._elapsed(origin, mark.event) * 1e6)
-                self._timeline.on_device(index, at, length)
+                self._timeline.on_device(call.place, at, length)
                 at += length
-            self._pools.setdefault(mark.device, []).extend((mark.event, end))
+            call.read = True
+            self._pools.setdefault(mark.device, []).extend((mark.event,) if call.shared else (mark.event, call.end))
 
     def finish(self, queues: list[deque[Pending]]) -> bool:
         """Wait for the device and read everything; False, with nothing read, while a graph is being captured."""
