@@ -28,16 +28,17 @@ _EMPTY_NS = 640
 _PAIRS = 24
 """Pairs of events around kernels that do nothing, by which is measured what a pair adds."""
 
-_AHEAD = 8
+_AHEAD = 32
 """Calls by which the host must be ahead of the device, so that no call's events wait for its launch."""
 
-_AHEAD_CYCLES = 1_750_000
-"""For how long a device without work is kept busy while the host gets ahead of it: about a millisecond."""
+_AHEAD_CYCLES = 3_500_000
+"""For how long a device without work is kept busy while the host gets ahead of it: about two milliseconds."""
 
 
-_AT_ONCE_NS = 6_000
-"""A call that begins so soon after the one before it has that call's end as its start: less than it takes to launch anything
-that the mode does not see, such as another library's kernel, whose time would be counted with the call's."""
+_AT_ONCE_NS = 8_000
+"""A call that begins so soon after the one before it has that call's end as its start: less than it takes to come from one
+to the other and to launch something between that the mode does not see, such as another library's kernel, whose time would
+be counted with the call's."""
 
 
 class Mark(NamedTuple):
@@ -111,8 +112,8 @@ class DeviceClock:
     or waited for.
 
     Between the events of a call on a device that has nothing else to do lies what the host needs to launch it, which can be
-    many times the device's own time. A device found without work is therefore kept busy for about a millisecond, in which
-    the host gets some forty calls ahead, and again when the host is no more than a few calls ahead: nothing waits for it
+    many times the device's own time. A device found without work is therefore kept busy for about two milliseconds, in which
+    the host gets some eighty calls ahead, and again when the host is no more than a few calls ahead: nothing waits for it
     but the device, which would have waited anyway, and a host that asks for a value soon after. Where there is no such
     kernel (``torch.xpu``) the waiting is part of the time.
 
@@ -160,6 +161,7 @@ class DeviceClock:
 
     def start(self) -> Mark | None:
         """Record an event before a call; None if the device has not been used yet."""
+        now = time.perf_counter_ns()
         if not self._initialized:
             if not self._module.is_initialized():
                 return None
@@ -175,7 +177,7 @@ class DeviceClock:
         if self._keep_busy is None or self._nap(device):
             event, paused, after = self._event(device), True, None
         else:
-            after = self._just_ended(stream)
+            after = self._just_ended(stream, now)
             event, paused = self._event(device) if after is None else after.end, False
         if after is None:
             self._record(event, stream)
@@ -184,13 +186,13 @@ class DeviceClock:
         mark = self._begun = Mark(event, device, stream, paused, after)
         return mark
 
-    def _just_ended(self, stream: Any) -> Pending | None:
+    def _just_ended(self, stream: Any, now: int) -> Pending | None:
         """The call before, whose end is to be the start of the one that begins, if nothing can have come between."""
         if self._last is None:
             return None
         last, thread, ended = self._last
         if (last.mark is not self._begun or last.mark.stream is not stream or thread != threading.get_ident()
-                or time.perf_counter_ns() - ended > _AT_ONCE_NS):
+                or now - ended > _AT_ONCE_NS):
             return None
         with self._lock:
             if last.read:

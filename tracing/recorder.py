@@ -342,7 +342,7 @@ class Recorder:
         device_s = sum(r.device_s or 0.0 for r in timed_records)
         clock = self._clock
         if clock is not None and clock.kept_busy:
-            notes.append(f"the device had nothing to do {clock.kept_busy} times and was kept busy for about a millisecond each, so that "
+            notes.append(f"the device had nothing to do {clock.kept_busy} times and was kept busy for about two milliseconds each, so that "
                          "what it waits for the host is not taken for a call's time: the block took longer by it")
         if device_s and clock is not None and clock.counts_waiting and sum(r.host_s for r in timed_records) > 0.8 * device_s:
             notes.append("the host is about as slow as the device here: device time is taken between two events around each call, and "
