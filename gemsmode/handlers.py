@@ -407,8 +407,8 @@ class OpHandler:
             if not rule.numbers and any(p.is_tensor and a.__class__ in NUMBERS and a is not None
                                         for p, a in zip(parameters(call.op), base_args)):
                 raise Decline("a Python number in a tensor's place; a rule made with numbers=True takes it")
-            if target.device_type != "cpu" and any(m.device.type == "cpu" for m in call.tensors):
-                raise Decline("a CPU scalar tensor among the arguments")
+            if not rule.numbers and target.device_type != "cpu" and any(m.device.type == "cpu" for m in call.tensors):
+                raise Decline("a CPU scalar tensor among the arguments; a rule made with numbers=True takes it")
             return Decided(Decision("rule", rule.name, None, considered), self._simple(rule.implementation, variant))
         plan = rule.implementation(call)
         if target.device_type != "cpu" and any([m.device.type == "cpu" for m in plan.metas.values()]):

@@ -453,8 +453,8 @@ def plan_product(call: Call, product: Product) -> Plan:
         strip, k_blocks = choose_strip(rows, k, batch, matrix.row == 1 and matrix.column != 1, call.target)
         parts = max(-(-k // (k_blocks * strip.k)), 1)
         grid = (-(-rows // strip.m) * batch, parts, 1)
-        if rows == 1 and dtype == torch.float32:
-            accumulated = torch.float64  # of the sums: a dot product is one sum, and PyTorch's a good tree
+        if dtype == torch.float32:
+            accumulated = torch.float64  # of the sums of a program's lanes and of the parts, since PyTorch's is a good tree
         constants = _constants(at_once if parts == 1 else persistent.unchanged, ACC=acc, SUM=accumulated, WIDE=wide, BLOCK_M=strip.m,
                                BLOCK_K=strip.k, EVICT=strip.evict)
         warps, stages, kernel = strip.warps, 2, matvec_kernel
