@@ -316,7 +316,7 @@ def rule(ops: str | OpOverload | Sequence[str | OpOverload], when: Predicate | I
         priority: higher is tried first; the rules of ``gemsmode.ops`` have negative ones, so a user's rule wins.
         family: a name to select rules by.
         numbers: call it also with a Python number where the op takes a tensor (``x + 2`` is ``add.Tensor(x, 2)``), and
-            for scalar overloads. Without it such calls are not for this rule.
+            for scalar overloads, or with a 0-dim CPU tensor beside those of a GPU. Without it such calls are not for this rule.
         registry: defaults to the one that every mode uses.
 
     Raises:

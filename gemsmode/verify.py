@@ -36,7 +36,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,6 +227,15 @@ def may_be_tf32(name: str, dtype: torch.dtype, device_type: str) -> bool:
     return (name in PRODUCTS or "attention" in name) and _float32_precision("matmul") == "tf32"
 
 
+def _draws(op: Any, name: str, args: Sequence[Any]) -> bool:
+    """Whether a call's results are random. The backward of attention is tagged so, and draws nothing without dropout."""
+    if torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    if not ("attention" in name and name.endswith("_backward")):
+        return True
+    return any(p.name == "dropout_p" and a != 0.0 for p, a in zip(parameters(op), args))
+
+
 def _float32_precision(kind: str) -> str:
     """``"tf32"`` if PyTorch allows it for float32 ``"conv"`` or ``"matmul"``; anything else means IEEE."""
     return torch._C._get_fp32_precision_getter("cuda", kind)
@@ -347,7 +356,7 @@ class Trial:
     def __init__(self, op: OpOverload, args: tuple[Any, ...]) -> None:
         self.op, self.args = op, args
         self.name = functional_name(op._schema.name.partition("::")[2])
-        self.random = torch.Tag.nondeterministic_seeded in op.tags
+        self.random = _draws(op, self.name, args)
         self.copies = Copies(args)
         self.raised = None if self.random or self.name in STEPS else _upcast(self.copies.args)
         self.cancelling: tuple[Any, ...] | None = None

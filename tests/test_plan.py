@@ -407,7 +407,7 @@ def test_a_cpu_scalar_never_becomes_a_pointer(monkeypatch: pytest.MonkeyPatch) -
     here = torch.device("cuda", 0)
     x, scalar = TensorMeta.of(X)._replace(device=here), TensorMeta.of(torch.tensor(1.0))
     decision = gpu.policy.handler(find_op("addcmul")).decide((x, x, scalar, 1.0)).decision
-    assert (decision.kind, decision.reason) == ("pass", "a CPU scalar tensor among the arguments")
+    assert decision.kind == "pass" and decision.reason.startswith("a CPU scalar tensor among the arguments")
 
 
 # -- new sizes ---------------------------------------------------------------------------------------------------------
