@@ -295,7 +295,7 @@ class GemsMode(TorchDispatchMode):
                 decided = handler.lookup(bound)
                 return result
             finally:
-                recorder.end(token, op, decided.decision, bound)
+                recorder.end(token, op, decided.decision, bound, by_signature=True)
 
         return recorded if self._verifier is None else self._verifier.function(op, handler, recorder, recorded)
 

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.layout import channels_last_strides
+from gemsmode.ops.matmul import rounded_to_tf32
 from gemsmode.ops.movement import suggests_channels_last
 from gemsmode.ops.pointwise import convert, power_of_2
 from gemsmode.ops.promotion import FLOAT
@@ -134,6 +135,9 @@ def patch_kernel(p_out, p_in, p_weight, biases, n_patches, n_out, n_inner, sizes
         # [BLOCK_L, BLOCK_K] and [BLOCK_K, BLOCK_N]
         b_in = tl.load(p_in + (o_patch[:, None] + o_k[None, :]), mask=m_l[:, None] & m_k[None, :], other=0)
         b_weight = tl.load(p_weight + (o_w[:, None] + (o_n * weight_steps[3])[None, :]), mask=m_k[:, None] & m_n[None, :], other=0)
+        if PRECISION == "tf32":  # as cuDNN rounds them: tl.dot cuts them off
+            b_in = rounded_to_tf32(b_in)
+            b_weight = rounded_to_tf32(b_weight)
         acc = tl.dot(b_in, b_weight, acc, input_precision=PRECISION)
     if len(biases) == 1:
         acc += tl.load(biases[0] + o_n * bias_step, mask=m_n, other=0).to(tl.float32)[None, :]

@@ -361,7 +361,7 @@ class Watcher:
     def begin(self, *args: Any) -> None:
         return None
 
-    def end(self, token: Any, op: Any, decision: Decision, *args: Any) -> None:
+    def end(self, token: Any, op: Any, decision: Decision, *args: Any, by_signature: bool = False) -> None:
         self.calls.append((op, decision))
 
 

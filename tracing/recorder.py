@@ -63,10 +63,12 @@ class _Totals:
 class _Buffer:
     """What one thread has recorded."""
 
-    __slots__ = ("pending", "place", "rows", "thread")
+    __slots__ = ("known", "pending", "place", "rows", "thread")
 
     def __init__(self, place: Place) -> None:
         self.rows: dict[Any, _Totals] = {}
+        self.known: dict[Any, tuple[Decision, _Totals]] = {}
+        """The rows of rules' decisions, by the decision's identity, module and phase; an entry keeps its decision alive."""
         self.pending: deque[Pending] = deque()
         self.place = place
         self.thread = threading.get_ident()
@@ -195,8 +197,12 @@ class Recorder:
         # A view runs nothing on the device.
         return span, clock.start() if clock is not None and decision.kind != "view" else None, time.perf_counter_ns()
 
-    def end(self, token: Token, op: Any, decision: Decision, args: tuple[Any, ...]) -> None:
-        """The call has run, or raised. Only metadata of ``args`` is read."""
+    def end(self, token: Token, op: Any, decision: Decision, args: tuple[Any, ...], by_signature: bool = False) -> None:
+        """The call has run, or raised. Only metadata of ``args`` is read.
+
+        Args:
+            by_signature: whether ``decision`` is of calls with these shapes and dtypes alone, so that its row is known by it.
+        """
         now = time.perf_counter_ns()
         span, mark, began = token
         if span is not None:
@@ -206,6 +212,26 @@ class Recorder:
         except AttributeError:
             buffer = self._new_buffer()
         module, phase = self._place(buffer.place)
+        by_signature = by_signature and decision.kind == "rule"
+        known = buffer.known.get((id(decision), module, phase)) if by_signature else None
+        if known is not None and known[0] is decision:
+            row = known[1]
+        else:
+            row = self._row(buffer, op, decision, args, module, phase)
+            if by_signature:
+                if len(buffer.known) >= MAX_ROWS:
+                    buffer.known.clear()
+                buffer.known[id(decision), module, phase] = decision, row
+        row.calls += 1
+        if self._dry is not None:
+            return
+        row.host_ns += now - began
+        index = self.timeline.add(row.number, began, now - began, buffer.thread)
+        if mark is not None:
+            self._stop_clock(mark, args, buffer, row, index)
+
+    def _row(self, buffer: _Buffer, op: Any, decision: Decision, args: tuple[Any, ...], module: str, phase: str) -> _Totals:
+        """The row of a call, a new one if there is none."""
         if decision.kind == "pass" and self._has_host and numbers_of_host(args):
             decision = Decision("host")
         try:
@@ -215,15 +241,7 @@ class Recorder:
         except Exception:  # nested tensors and the like have no shape
             key = (id(op), decision.kind, decision.rule, decision.reason, None, None, None, module, phase)
             shapes, row = None, buffer.rows.get(key)
-        if row is None:
-            row = self._new_row(buffer, key, op, decision, shapes, module, phase, args)
-        row.calls += 1
-        if self._dry is not None:
-            return
-        row.host_ns += now - began
-        index = self.timeline.add(row.number, began, now - began, buffer.thread)
-        if mark is not None:
-            self._stop_clock(mark, args, buffer, row, index)
+        return row or self._new_row(buffer, key, op, decision, shapes, module, phase, args)
 
     def _place(self, place: Place) -> tuple[str, str]:
         if _current_graph_task_id() == -1:
