@@ -30,6 +30,8 @@ several streams must be ordered by the caller.
 
 **Random ops stay random**: each replay draws afresh from PyTorch's generators, and ``torch.manual_seed`` reproduces it.
 
+**Masks of attention** are converted once, not in each layer: see :class:`Masks`.
+
 **What cannot be captured** raises :class:`~gemsmode.errors.CaptureError`, which says what and where: tensors on the CPU or on
 several GPUs among the arguments, a value that is read on the host (``.item()``, ``if x > 0:``, ``nonzero``), a copy between CPU and
 GPU, a result that needs autograd. Without a GPU the callable runs under the mode as it is, with one warning.
@@ -51,7 +53,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemsmode import choice
@@ -193,6 +197,57 @@ def problem_of(func: Any, args: Sequence[Any], result: Any, device_type: str) ->
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
         return Problem("may read a value on the host", False)
     return None
+
+
+# -- masks of attention ------------------------------------------------------------------------------------------------
+
+
+class Masks(TorchFunctionMode):
+    """Gives attention its masks as the kernels take them, made once where a model has one mask for all its layers.
+
+    PyTorch's ``scaled_dot_product_attention`` makes of a boolean mask, in every layer, one that is added to the scores, by three
+    kernels; and one that is expanded along the keys it gives to its slowest implementation (transformers makes such masks while
+    a stream captures, when it may not look whether they mask anything).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[tuple[int, int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if isinstance(given, torch.Tensor) and not given.requires_grad:
+                made = self._of(given, args[0] if args else kwargs["query"])
+                if len(args) > 3:
+                    args = (*args[:3], made, *args[4:])
+                else:
+                    kwargs = {**kwargs, "attn_mask": made}
+        return func(*args, **kwargs)
+
+    def _of(self, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        if mask.is_inference():  # whether it is still what it was cannot be known
+            return _added(mask, query.dtype)
+        key = id(mask), mask._version, query.dtype
+        if key not in self._made:
+            self._made[key] = mask, _added(mask, query.dtype)
+        return self._made[key][1]
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``mask`` as it is added to scores, with keys that are neighbours in memory; other dimensions that are expanded stay so."""
+    if mask.dtype != torch.bool and (mask.ndim == 0 or mask.stride(-1) == 1 or mask.shape[-1] == 1):
+        return mask
+    once = _once(mask)
+    compact = mask if once is None else mask[once]
+    if compact.ndim:
+        compact = compact.expand(*compact.shape[:-1], mask.shape[-1])
+    if mask.dtype == torch.bool:
+        made = torch.zeros(compact.shape, dtype=dtype, device=mask.device).masked_fill_(~compact, float("-inf"))
+    else:
+        made = compact.contiguous()
+    return made.expand(mask.shape)
 
 
 # -- trees of arguments and results ------------------------------------------------------------------------------------
@@ -414,11 +469,11 @@ class Captured:
         onlooker = Onlooker(self._backend.device_type)
 
         def run(a: tuple[Any, ...], k: dict[str, Any]) -> Any:
-            with self.mode, self._without_autocast_cache():
+            with self.mode, self._without_autocast_cache(), Masks():
                 return self.function(*a, **k)
 
         def watched() -> Any:
-            with self.mode, self._without_autocast_cache(), onlooker:
+            with self.mode, self._without_autocast_cache(), Masks(), onlooker:
                 return self.function(*args, **kwargs)
 
         result = self._backend.warm_up(watched, device)

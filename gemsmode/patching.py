@@ -12,7 +12,8 @@ they were, and other models of the same classes are not touched. What a fused op
 another dtype than the input, say) runs the part's own ``forward``.
 
     rms_norm          LlamaRMSNorm and its kin; with a weight that 1 is added to (Gemma)      one kernel for about 6 ops
-    gated_mlp         down(act(gate(x)) * up(x)) with SiLU or GELU                            one kernel for 2
+    gated_mlp         down(act(gate(x)) * up(x)) with SiLU or GELU                            one kernel for 2; of one row, for 4
+    qkv               an attention's q_proj, k_proj, v_proj of one row; inference             one kernel for 3
     rotary            an attention that calls ``apply_rotary_pos_emb(q, k, cos, sin)``        one kernel for about 10
     residual_norm     x + attention(norm(x)), then norm, in a layer whose norms come first    one kernel for 2
     skip_layer_norm   LayerNorm(dropout(dense(x)) + residual) (BERT)                          one kernel for 2
@@ -42,6 +43,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 Forward = Callable[..., Any]
 
 _MARK = "_gemsmode_patched"
+_SHARED = "_gemsmode_shared"
+"""Of a layer that is computed together with others: their :class:`_Shared`."""
 
 
 class NotRecognised(Exception):
@@ -141,25 +144,28 @@ class Pattern:
 
     Attributes:
         name: to select it by.
-        recognise: given a module, the function that takes its ``forward``'s place; None if the module is nothing of the kind.
-            Raises :class:`NotRecognised` if it only looks so.
+        recognise: given a module, the function that takes its ``forward``'s place, or by their names the functions for some of
+            its children, which are then computed together; None if the module is nothing of the kind. Raises
+            :class:`NotRecognised` if it only looks so.
         attribute: what of the module is replaced.
+        of_children: whether ``recognise`` gives functions for children.
     """
 
     name: str
-    recognise: Callable[[torch.nn.Module], Forward | None]
+    recognise: Callable[[torch.nn.Module], Any]
     attribute: str = "forward"
+    of_children: bool = False
 
 
 PATTERNS: dict[str, Pattern] = {}
 """Every pattern by name, in the order in which they are tried; a module takes the first that recognises it."""
 
 
-def pattern(name: str, attribute: str = "forward") -> Callable[[Callable[[torch.nn.Module], Forward | None]], Any]:
+def pattern(name: str, attribute: str = "forward", of_children: bool = False) -> Callable[[Callable[[torch.nn.Module], Any]], Any]:
     """Declare a pattern; the function decorated is its ``recognise``."""
 
-    def decorate(recognise: Callable[[torch.nn.Module], Forward | None]) -> Any:
-        PATTERNS[name] = Pattern(name, recognise, attribute)
+    def decorate(recognise: Callable[[torch.nn.Module], Any]) -> Any:
+        PATTERNS[name] = Pattern(name, recognise, attribute, of_children)
         return recognise
 
     return decorate
@@ -212,7 +218,7 @@ def _try(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _small(module: torch.nn.Module, parts: dict[str, torch.nn.Module], training: bool = False) -> torch.nn.Module:
     """A copy of ``module`` with other sub-modules, without hooks."""
     clone = copy.copy(module)
-    clone.__dict__ = {k: v for k, v in module.__dict__.items() if k not in ("forward", _MARK)}
+    clone.__dict__ = {k: v for k, v in module.__dict__.items() if k not in ("forward", _MARK, _SHARED)}
     clone.__dict__["_modules"] = dict(parts)
     clone.__dict__["training"] = training
     for name in clone.__dict__:
@@ -243,6 +249,11 @@ def _does_more(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
     """Whether calling ``module`` does more than ``kind`` does: another class, hooks, or a ``forward`` that others put there."""
     return (type(module) is not kind or _has_hooks(module)
             or ("forward" in module.__dict__ and "forward" not in module.__dict__.get(_MARK, ())))
+
+
+def _is_more_than_a_product(module: torch.nn.Module) -> bool:
+    """Whether calling ``module`` does more than multiply by its weight."""
+    return module.bias is not None or _does_more(module, torch.nn.Linear)
 
 
 def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -365,7 +376,11 @@ def _gated_mlp(module: torch.nn.Module) -> Forward | None:
     fused = _fused()
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        a, b = getattr(self, gate)(x), getattr(self, up)(x)
+        first, second = getattr(self, gate), getattr(self, up)
+        if (x.numel() == x.shape[-1] and not _is_more_than_a_product(first) and not _is_more_than_a_product(second)
+                and fused.is_one_row(x, first.weight, second.weight)):
+            return getattr(self, down)(fused.gated_linear(x, first.weight, second.weight, kind))
+        a, b = first(x), second(x)
         if kind == "silu":
             return getattr(self, down)(fused.silu_and_mul(a, b))
         return getattr(self, down)(fused.gelu_and_mul(a, b, "none" if kind == "gelu" else "tanh"))
@@ -639,6 +654,83 @@ def _linear_layer(module: torch.nn.Module) -> Forward | None:
     return forward
 
 
+# -- the projections of an attention -----------------------------------------------------------------------------------
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class _Ahead(NamedTuple):
+    """Results of layers that were computed with the first one.
+
+    Attributes:
+        input: what they were computed from...
+        version: ... and how often it had been written to by then.
+        stream: the CUDA stream that they are computed on.
+        results: by layer (its ``id``) its weight and its result; taken out when the layer is called.
+    """
+
+    input: torch.Tensor
+    version: int
+    stream: Any
+    results: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+class _Shared:
+    """Layers of one input, the first of which computes them all where that pays, and the results until the others are called.
+
+    A result is used only for the very input that it was computed from, with the very weight, so that it does not matter who
+    calls the layers, in which order and whether at all.
+    """
+
+    def __init__(self, layers: tuple[torch.nn.Module, ...]) -> None:
+        self.layers = layers
+        self.ahead: _Ahead | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "ahead": None}
+
+    def take(self, layer: torch.nn.Module, input: torch.Tensor) -> torch.Tensor | None:
+        """The result of ``layer`` for ``input``, if it is here."""
+        ahead = self.ahead
+        if ahead is None or ahead.input is not input or ahead.version != input._version or ahead.stream != _stream_of(input):
+            return None
+        weight, result = ahead.results.pop(id(layer), (None, None))
+        if not ahead.results:
+            self.ahead = None
+        return result if weight is layer.weight else None
+
+
+def _stream_of(tensor: torch.Tensor) -> Any:
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else None
+
+
+@pattern("qkv", of_children=True)
+def _qkv(module: torch.nn.Module) -> dict[str, Forward] | None:
+    layers = [module._modules.get(name) for name in _PROJECTIONS]
+    if any(type(layer) is not torch.nn.Linear for layer in layers):
+        return None
+    if len({layer.in_features for layer in layers if isinstance(layer, torch.nn.Linear)}) != 1:
+        return None
+    fused = _fused()
+
+    def first(self: Any, input: torch.Tensor) -> torch.Tensor:
+        shared: _Shared = self.__dict__[_SHARED]
+        q, k, v = shared.layers
+        # Whether an inference tensor has been written to since cannot be known.
+        if input.is_inference() or not fused.is_one_row(input, q.weight, k.weight, v.weight):
+            return fused.linear(input, self.weight, self.bias)
+        result, *others = fused.qkv_linear(input, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias)
+        shared.ahead = _Ahead(input, input._version, _stream_of(input),
+                              {id(layer): (layer.weight, y) for layer, y in zip((k, v), others)})
+        return result
+
+    def other(self: Any, input: torch.Tensor) -> torch.Tensor:
+        result = self.__dict__[_SHARED].take(self, input)
+        return fused.linear(input, self.weight, self.bias) if result is None else result
+
+    return dict(zip(_PROJECTIONS, (first, other, other)))
+
+
 # -- a linear layer and its GELU ---------------------------------------------------------------------------------------
 
 _BEFORE_GELU = (("dense",), ("fc1", "fc2"))
@@ -798,23 +890,30 @@ def patch(model: torch.nn.Module, only: Iterable[str] | str | None = None, skip:
     with torch.no_grad(), _disable_current_modes():
         for path, module in model.named_modules():
             for one in chosen:
-                marks: dict[str, str] = module.__dict__.get(_MARK, {})
-                if one.attribute in marks:
+                if not one.of_children and one.attribute in module.__dict__.get(_MARK, ()):
                     continue
-                kind = type(module).__name__
                 try:
-                    replacement = one.recognise(module)
-                    if replacement is None:
+                    found = one.recognise(module)
+                    if found is None:
                         continue
-                    if _replaced_already(module, one.attribute):
-                        raise NotRecognised(f"its {one.attribute} was replaced by something else already")
+                    together = found if one.of_children else {"": found}
+                    parts = {name: module.get_submodule(name) for name in together}
+                    if any(one.attribute in part.__dict__.get(_MARK, ()) for part in parts.values()):
+                        continue
+                    for part in parts.values():
+                        if _replaced_already(part, one.attribute):
+                            raise NotRecognised(f"its {one.attribute} was replaced by something else already")
                 except NotRecognised as refusal:
-                    report.left.append(Left(path, kind, one.name, str(refusal)))
+                    report.left.append(Left(path, type(module).__name__, one.name, str(refusal)))
                     continue
-                method = types.MethodType(replacement, module) if one.attribute == "forward" else replacement
-                setattr(module, one.attribute, method)
-                module.__dict__[_MARK] = {**marks, one.attribute: one.name}
-                report.changes.append(Change(path, kind, one.name))
+                shared = _Shared(tuple(parts.values()))
+                for name, part in parts.items():
+                    replacement = together[name]
+                    setattr(part, one.attribute, types.MethodType(replacement, part) if one.attribute == "forward" else replacement)
+                    part.__dict__[_MARK] = {**part.__dict__.get(_MARK, {}), one.attribute: one.name}
+                    if name:
+                        part.__dict__[_SHARED] = shared
+                    report.changes.append(Change(".".join(filter(None, (path, name))), type(part).__name__, one.name))
     return report
 
 
@@ -827,6 +926,7 @@ def unpatch(model: torch.nn.Module) -> list[Change]:
     undone = []
     for path, module in model.named_modules():
         marks: dict[str, str] = module.__dict__.pop(_MARK, {})
+        module.__dict__.pop(_SHARED, None)
         for attribute, name in marks.items():
             module.__dict__.pop("_loss_function" if attribute == "loss_function" else attribute, None)
             undone.append(Change(path, type(module).__name__, name))

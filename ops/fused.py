@@ -16,6 +16,8 @@ unfused ops round after every step: 16-bit results differ from those in the last
     add_bias_gelu           gelu(x + bias)
     linear                  x @ w.T + bias, as one op
     linear_gelu             gelu(x @ w.T + bias)
+    gated_linear            silu(x @ gate.T) * (x @ up.T), for one row in one launch
+    qkv_linear              three linear layers of x, for one row in one launch
     apply_rotary_pos_emb    q and k turned by their positions' angles
     cross_entropy_loss      F.cross_entropy, in one read of the logits
     linear_cross_entropy    F.cross_entropy(F.linear(x, w), target), without all of the logits at once
@@ -25,7 +27,7 @@ unfused ops round after every step: 16-bit results differ from those in the last
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +36,12 @@ from gemsmode.custom import shape_of, wants_gradient
 from gemsmode.ops import cross_entropy as _cross_entropy
 from gemsmode.ops import gates, rotary, skip_norm
 from gemsmode.ops import linear as _linear
+from gemsmode.ops import row_linear as _row_linear
 from gemsmode.ops import topk_softmax as _topk_softmax
 
-__all__ = ["add_bias_gelu", "add_layer_norm", "apply_rotary_pos_emb", "cross_entropy_loss", "fused_add_rms_norm", "gelu_and_mul",
-           "linear", "linear_cross_entropy", "linear_gelu", "rms_norm", "silu_and_mul", "skip_layer_norm", "skip_rms_norm", "topk_softmax"]
+__all__ = ["add_bias_gelu", "add_layer_norm", "apply_rotary_pos_emb", "cross_entropy_loss", "fused_add_rms_norm", "gated_linear",
+           "gelu_and_mul", "linear", "linear_cross_entropy", "linear_gelu", "qkv_linear", "rms_norm", "silu_and_mul",
+           "skip_layer_norm", "skip_rms_norm", "topk_softmax"]
 
 Shape = int | Sequence[int]
 
@@ -117,10 +121,15 @@ def add_bias_gelu(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none"
     return gates.add_bias_gelu(x, bias, approximate)
 
 
-def _taken_apart(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _taken_apart(input: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
     """Whether a linear layer has to be PyTorch's: for a gradient, for autocast, or for a compiler that does better."""
-    return (torch.is_grad_enabled() and wants_gradient(input, weight, bias)) or torch.is_autocast_enabled(input.device.type) \
+    return (torch.is_grad_enabled() and wants_gradient(input, *parameters)) or torch.is_autocast_enabled(input.device.type) \
         or torch.compiler.is_compiling()
+
+
+def is_one_row(input: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    """Whether linear layers of ``input`` are products of one row, and computed as ops of their own."""
+    return input.ndim > 0 and input.numel() == input.shape[-1] and not _taken_apart(input, *parameters)
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -157,6 +166,51 @@ def linear_gelu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if _taken_apart(input, weight, bias):
         return F.gelu(F.linear(input, weight, bias), approximate=approximate)
     return _linear.linear_gelu(input, weight, bias, approximate)
+
+
+def gated_linear(input: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """``activation(linear(input, gate)) * linear(input, up)``: the first half of Llama's MLP.
+
+    One row (a token in generation) is one launch, which reads both weights; more rows, and what :func:`linear` takes apart, are
+    the layers and their gate.
+
+    Args:
+        input: [..., width].
+        gate: [features, width].
+        up: [features, width].
+        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+
+    Returns:
+        [..., features].
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+    if activation not in _GATES:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(map(repr, _GATES))}")
+    if is_one_row(input, gate, up):
+        return _row_linear.gated_linear(input, gate, up, activation)
+    return _GATES[activation](linear(input, gate), linear(input, up))
+
+
+def qkv_linear(input: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_bias: torch.Tensor | None = None,
+               k_bias: torch.Tensor | None = None, v_bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three linear layers of one input: the queries, keys and values of an attention.
+
+    One row (a token in generation) is one launch, which reads all weights; more rows, and what :func:`linear` takes apart, are
+    three layers.
+
+    Args:
+        input: [..., width].
+        q, k, v: [features of each, width].
+        q_bias, k_bias, v_bias: [features of each].
+
+    Returns:
+        Three tensors [..., features of each].
+    """
+    if is_one_row(input, q, k, v, q_bias, k_bias, v_bias):
+        return _row_linear.qkv_linear(input, q, k, v, q_bias, k_bias, v_bias)
+    return linear(input, q, q_bias), linear(input, k, k_bias), linear(input, v, v_bias)
 
 
 def apply_rotary_pos_emb(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None = None,
@@ -201,6 +255,9 @@ def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
         return rotary.rotary_embedding.reference(*args)
     return rotary.rotary_embedding(*args)
 
+
+_GATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": silu_and_mul, "gelu": gelu_and_mul, "gelu_tanh": lambda a, b: gelu_and_mul(a, b, "tanh")}
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, 0: 0, 1: 1, 2: 2}
 

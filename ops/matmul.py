@@ -148,8 +148,25 @@ def gemm_kernel(p_out, p_a, p_b, c, scale, m, n, k, k_blocks, s_out, s_a, s_b, s
 
 
 @triton.jit
+def row_products(p_rows, m_m, p_v, s_k, s_v, k_first, k_end, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_K: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr):
+    """The products of BLOCK_M rows, which start at `p_rows`, with a vector, not yet summed over the BLOCK_K lanes."""
+    b_acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
+    for k_start in tl.range(k_first, k_end, BLOCK_K, num_stages=STAGES):
+        o_k = k_start + tl.arange(0, BLOCK_K)
+        m_k = o_k < k_end
+        if WIDE:
+            o_k = o_k.to(tl.int64)
+        p_block = p_rows[:, None] + o_k[None, :] * s_k
+        b_a = tl.load(p_block, mask=m_m[:, None] & m_k[None, :], other=0.0, eviction_policy=EVICT)  # [BLOCK_M, BLOCK_K]
+        b_v = tl.load(p_v + o_k * s_v, mask=m_k, other=0.0)  # [BLOCK_K]
+        b_acc += b_a.to(ACC) * b_v.to(ACC)[None, :]
+    return b_acc
+
+
+@triton.jit
 def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_c, ACC: tl.constexpr, SUM: tl.constexpr,
-                  WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr,
+                  WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr, STAGES: tl.constexpr,
                   ACTIVATION: tl.constexpr):
     """BLOCK_M rows of a matrix by a vector, over one part of K.
 
@@ -165,20 +182,9 @@ def matvec_kernel(p_out, p_a, p_v, c, scale, m, k, k_blocks, s_out, s_a, s_v, s_
     m_m = o_m < m
     if WIDE:
         o_m = o_m.to(tl.int64)
-    p_as = p_a + i_batch * s_a[0] + o_m[:, None] * s_a[1]
-    p_vs = p_v + i_batch * s_v[0]
-    b_acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
     k_first = i_part * k_blocks * BLOCK_K
-    k_end = min(k, k_first + k_blocks * BLOCK_K)
-    for k_start in range(k_first, k_end, BLOCK_K):
-        o_k = k_start + tl.arange(0, BLOCK_K)
-        m_k = o_k < k_end
-        if WIDE:
-            o_k = o_k.to(tl.int64)
-        p_block = p_as + o_k[None, :] * s_a[2]
-        b_a = tl.load(p_block, mask=m_m[:, None] & m_k[None, :], other=0.0, eviction_policy=EVICT)  # [BLOCK_M, BLOCK_K]
-        b_v = tl.load(p_vs + o_k * s_v[1], mask=m_k, other=0.0)  # [BLOCK_K]
-        b_acc += b_a.to(ACC) * b_v.to(ACC)[None, :]
+    b_acc = row_products(p_a + i_batch * s_a[0] + o_m * s_a[1], m_m, p_v + i_batch * s_v[0], s_a[2], s_v[1], k_first,
+                         min(k, k_first + k_blocks * BLOCK_K), ACC, WIDE, BLOCK_M, BLOCK_K, EVICT, STAGES)
     b_sum = tl.sum(b_acc.to(SUM), axis=1)
     b_sum = _scaled(b_sum, c, i_batch * s_c[0] + o_m * s_c[1], m_m, scale, ACTIVATION)
     o_out = i_batch * s_out[0] + i_part * s_out[2] + o_m * s_out[1]
@@ -309,11 +315,12 @@ class Strip:
 
     Attributes:
         m: rows.
-        k: elements of K at a time.
+        k: elements of K at a time, of two bytes where copies are pipelined; larger ones are fewer.
         warps: warps.
         programs: K is split until a multiprocessor has so many programs...
         steps: ... as long as a part of K has so many times ``k``.
         evict: the eviction policy of the matrix, which is read once.
+        stages: blocks of K whose copies to shared memory are under way at a time; 1 loads to registers.
     """
 
     m: int
@@ -322,31 +329,35 @@ class Strip:
     programs: int
     steps: int
     evict: str
+    stages: int = 1
 
 
 STRIPS: dict[str, Strip] = {
-    "rows": Strip(4, 512, 4, 4, 4, "evict_first"),
+    "rows": Strip(8, 512, 4, 3, 4, "evict_first", 4),
     "columns": Strip(128, 32, 4, 4, 4, ""),
     "dot": Strip(1, 8192, 8, 8, 4, "evict_first"),
 }
 """For many rows whose elements are neighbours in memory; for columns that are; and for one row.
 
-A thread of "columns" and "dot" has 32 elements: four or eight 16-byte loads in flight. On an H200 a product of one row
-with 32000x4096 takes 71.5 us, one of 32768x8192 with a vector 135.5 us, and a dot product of 2^26 elements 134.8 us; half
-the programs for the last take 161 us.
+A thread of "columns" and "dot" has 32 elements: four or eight 16-byte loads in flight. On an H200, of launches in a row over
+weights not in the cache (a graph), rows of 4096 in bfloat16 take 10.5 us for 4096 of them, 43.5 for 22016 and 62.0 for 32000,
+97% of what a copy moves; 11.3, 46.3 and 65.1 with blocks of 4 by 512 loaded to registers. A dot product of 2^26 elements takes
+134.8 us; half the programs take 161 us.
 """
 
 MOST_STRIPS = 8192
 """Parts of K of the matrix-vector kernel; so many partial results of a dot product are added by one program at once."""
 
 
-def choose_strip(m: int, k: int, batch: int, rows_adjacent: bool, target: Target) -> tuple[Strip, int]:
+def choose_strip(m: int, k: int, batch: int, rows_adjacent: bool, itemsize: int, target: Target) -> tuple[Strip, int]:
     """The strip for ``m`` rows of ``k`` elements, and how often ``strip.k`` goes into a part of K."""
     if target.interpreted:
         strip = Strip(min(power_of_2(m), 128), min(power_of_2(k), 1024), 4, 1, 4, "")
         wanted = 3 if m * batch == 1 else 1
     else:
         strip = STRIPS["dot" if m == 1 else "columns" if rows_adjacent else "rows"]
+        if strip.stages > 1:
+            strip = replace(strip, k=strip.k * 2 // itemsize, stages=strip.stages if target.backend == "cuda" else 1)
         rows, elements, programs = min(power_of_2(m), strip.m), strip.m * strip.k, strip.programs * target.multiprocessors
         while not rows_adjacent and rows > 1 and -(-m // rows) * batch < programs:
             rows //= 2
@@ -450,13 +461,13 @@ def plan_product(call: Call, product: Product) -> Plan:
     # One row (column) is a vector; a few columns are the few rows of the transposed product.
     if m == 1 or n == 1:
         rows, matrix, vector = (m, a, (b.batch, b.row)) if n == 1 else (n, b.transposed, (a.batch, a.column))
-        strip, k_blocks = choose_strip(rows, k, batch, matrix.row == 1 and matrix.column != 1, call.target)
+        strip, k_blocks = choose_strip(rows, k, batch, matrix.row == 1 and matrix.column != 1, dtype.itemsize, call.target)
         parts = max(-(-k // (k_blocks * strip.k)), 1)
         grid = (-(-rows // strip.m) * batch, parts, 1)
         if dtype == torch.float32:
             accumulated = torch.float64  # of the sums of a program's lanes and of the parts, since PyTorch's is a good tree
         constants = _constants(at_once if parts == 1 else persistent.unchanged, ACC=acc, SUM=accumulated, WIDE=wide, BLOCK_M=strip.m,
-                               BLOCK_K=strip.k, EVICT=strip.evict)
+                               BLOCK_K=strip.k, EVICT=strip.evict, STAGES=strip.stages)
         warps, stages, kernel = strip.warps, 2, matvec_kernel
     else:
         swapped = n < m and n <= FEW_ROWS

@@ -23,7 +23,7 @@ from gemsmode.target import Target
 
 gemsmode.load_ops()
 
-from gemsmode.ops import cross_entropy, fused, gates, linear, rotary, skip_norm  # noqa: E402  (they need what load_ops arranges)
+from gemsmode.ops import cross_entropy, fused, gates, linear, rotary, row_linear, skip_norm  # noqa: E402  (they need what load_ops arranges)
 from gemsmode.ops import topk_softmax as experts  # noqa: E402
 
 BF16, F16, F32, F64, I64 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64
@@ -399,6 +399,40 @@ def test_linear_cross_entropy_never_has_all_logits(device: str) -> None:
     assert 8 * classes <= largest < rows * classes
 
 
+# -- layers of one row -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_layers_of_one_row(dtype: torch.dtype, device: str) -> None:
+    """Odd sizes, slices of wider weights, any number of dimensions; more rows are layers of their own."""
+    make = functools.partial(numbers, device=device, dtype=dtype, grad=False)
+    for lead, width, features in (((), 7, 1), ((1,), 127, 33), ((1, 1), 64, 130), ((1, 1, 1), 1, 5)):
+        x = make(*lead, 2 * width)[..., ::2]
+        gate, up, k = make(features, width + 3)[:, :width], make(features, width), make(2, width)
+        bias = make(4)[::2]
+        for name, function in (("silu", F.silu), ("gelu", F.gelu), ("gelu_tanh", functools.partial(F.gelu, approximate="tanh"))):
+            check(functools.partial(fused.gated_linear, activation=name), lambda x, a, b, f=function: f(F.linear(x, a)) * F.linear(x, b),
+                  x, gate, up, rules=("gated_linear",))
+        check(lambda *args: fused.qkv_linear(*args[:4], None, args[4]),
+              lambda x, q, k, v, b: (F.linear(x, q), F.linear(x, k, b), F.linear(x, v)), x, gate, k, up, bias, rules=("qkv_linear",))
+    rows, weight = make(3, 64), make(6, 64)
+    with GemsMode(trace=True, strict=True) as gems:
+        fused.gated_linear(rows, weight, weight)
+        fused.qkv_linear(rows, weight, weight, weight)
+    assert {r.overload: r.calls for r in gems.report.records} == {"gemsmode.linear.default": 5, "gemsmode.silu_and_mul.default": 1}
+    with pytest.raises(ValueError, match="expected one of 'silu', 'gelu', 'gelu_tanh'"):
+        fused.gated_linear(rows, rows, rows, "relu")
+
+
+def test_gradients_of_layers_of_one_row(device: str) -> None:
+    """The functions take them apart; the ops have formulas of their own."""
+    x, gate, up, bias = numbers(1, 8, device=device), numbers(6, 8, device=device), numbers(6, 8, device=device), numbers(6, device=device)
+    for gated, qkv in ((row_linear.gated_linear.op, row_linear.qkv_linear.op), (fused.gated_linear, fused.qkv_linear)):
+        check(gated, lambda x, a, b: F.silu(F.linear(x, a)) * F.linear(x, b), x, gate, up)
+        check(lambda x, a, b, c, qkv=qkv: qkv(x, a, b, a.detach(), None, c),
+              lambda x, a, b, c: (F.linear(x, a), F.linear(x, b, c), F.linear(x, a.detach())), x, gate, up, bias)
+
+
 # -- experts -----------------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +482,8 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "norm_backward": (g, x.detach(), [8], stats, stats, w.detach(), g, [True, True, False]),
         "silu_and_mul": (x, r), "gelu_and_mul": (x, r, "tanh"), "add_bias_gelu": (x, b),
         "linear": (x, head, make(6)), "linear_gelu": (x, head, make(6)),
+        "gated_linear": (make(1, 8), head, make(6, 8), "gelu_tanh"),
+        "qkv_linear": (make(1, 8), head, make(3, 8), make(5, 8), None, make(3)),
         "silu_and_mul_backward": (g, x.detach(), r.detach()), "gelu_and_mul_backward": (g, x.detach(), r.detach()),
         "add_bias_gelu_backward": (g, x.detach(), b.detach(), "tanh"),
         "rotary_embedding": (q, k, c, s, torch.tensor([[1, 0, 4]], device=device), True),
@@ -694,6 +730,10 @@ def gpu_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "gemsmode.add_bias_gelu_backward.default", (gate, gate, on_gpu((11008,), kind), form)
         yield "gemsmode.silu_and_mul.default", (gate, gate)
         yield "gemsmode.silu_and_mul_backward.default", (gate, gate, gate)
+        row, square, narrow, wide = (on_gpu(shape, kind) for shape in ((1, 1, 4096), (4096, 4096), (1024, 4096), (14336, 4096)))
+        yield "gemsmode.gated_linear.default", (row, wide, wide, "silu")
+        yield "gemsmode.qkv_linear.default", (row, square, narrow, narrow, None, None, None)
+        yield "gemsmode.qkv_linear.default", (row, square, square, square, *[on_gpu((4096,), kind)] * 3)
         q = TensorMeta(kind, (1, 32, 2048, 128), (32 * 2048 * 128, 128, 32 * 128, 1), torch.device("cuda", 0))
         k = TensorMeta(kind, (1, 8, 2048, 128), (8 * 2048 * 128, 128, 8 * 128, 1), torch.device("cuda", 0))
         full = on_gpu((1, 2048, 128), kind)
@@ -718,7 +758,7 @@ def gpu_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "gemsmode.topk_softmax_backward.default", (chosen, x, chosen, on_gpu((4096, 8), I64), False)
 
 
-_COMPILED = ("skip_rms_norm", "silu_and_mul", "rotary_embedding", "cross_entropy", "topk_softmax")
+_COMPILED = ("skip_rms_norm", "silu_and_mul", "gated_linear", "qkv_linear", "rotary_embedding", "cross_entropy", "topk_softmax")
 """Compiled by default; ``--full`` compiles all of them, for every target."""
 
 

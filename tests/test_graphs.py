@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import Spy, skip_without_cuda
+import torch.nn.functional as F
+from support import Counting, Spy, skip_without_cuda
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -386,6 +387,44 @@ def test_threads(device: str, backend: Any) -> None:
     for t in threads:
         t.join()
     assert not wrong and fast.captures == 1
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_is_converted_once(device: str, backend: Any) -> None:
+    """Boolean masks, expanded ones and those that are written to between two layers; results as without a capture."""
+    q = torch.randn(2, 4, 5, 8, device=device)
+    keys = torch.tensor([[True, True, False, True, True], [True, False, True, True, False]], device=device)[:, None, None]
+    full = (torch.rand(2, 1, 5, 5, device=device) > 0.3) | torch.eye(5, dtype=torch.bool, device=device)
+    everywhere = torch.ones((), dtype=torch.bool, device=device).expand(2, 1, 5, 5)
+    bias = torch.randn(5, 5, device=device).t()
+
+    def layers(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = F.scaled_dot_product_attention(x, x, x, attn_mask=mask) + F.scaled_dot_product_attention(x, x, x, mask)
+        return x
+
+    for mask, conversions in ((keys, 1), (full, 1), (everywhere, 1), (bias, 0)):
+        step, count = gemsmode.capture(layers, backend=backend), Counting()
+        with torch.no_grad(), count:
+            first = step(q, mask)
+        # At the first call the callable runs twice: as it is, and to be captured.
+        assert count.counts["aten.masked_fill_.Scalar"] == 2 * conversions, mask.shape
+        with torch.no_grad():
+            for got in (first, step(q, mask)):
+                torch.testing.assert_close(got, layers(q, mask), rtol=1e-4, atol=1e-5)
+
+    def written(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask = mask.clone()
+        x = F.scaled_dot_product_attention(x, x, x, mask)
+        mask[..., 0] = True
+        return F.scaled_dot_product_attention(x, x, x, mask)
+
+    step = gemsmode.capture(written, backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(step(q, full), written(q, full), rtol=1e-4, atol=1e-5)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

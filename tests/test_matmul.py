@@ -323,7 +323,7 @@ def test_long_sums_of_few_results_are_split_and_still_exact() -> None:
 
     tile, blocks = matmul.choose_tile(3, 4, 5000, 1, "ieee", 4, current())
     assert blocks * tile.k < 5000
-    strip, k_blocks = matmul.choose_strip(1, 1 << 24, 1, False, current())
+    strip, k_blocks = matmul.choose_strip(1, 1 << 24, 1, False, 4, current())
     assert k_blocks * strip.k < 1 << 24
     a, b = torch.ones(3, 5000), torch.ones(5000, 4)
     check(lambda c, x, y: torch.addmm(c, x, y, beta=2, alpha=0.5), normal(4), a, b)

@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "Phi": (decoder("Phi", num_key_value_heads=4), {"causal_lm_loss": 1, "rotary": 2, "gelu": 2, "linear_gelu": 2}),
     "GPT-2": (gpt2, {"causal_lm_loss": 1, "residual_norm": 2, "gelu": 2}),
     "BERT": (bert, {"skip_layer_norm": 4, "linear_gelu": 2}),
-    "ViT": (vit, {"residual_norm": 2, "linear_gelu": 2}),
+    "ViT": (vit, {"residual_norm": 2, "linear_gelu": 2}),  # whose projections have other names in some versions
 }
 """A small model of each kind with random weights, and how often each pattern is found in it."""
 
@@ -100,8 +100,10 @@ def test_models_before_and_after(name: str, device: str) -> None:
     before = step(model, given)
     tokens = generated(model, given["input_ids"]) if "causal_lm_loss" in patterns else None
     report = gemsmode.patch(model)
-    layers = sum(type(m) is nn.Linear for m in model.modules())
-    assert Counter(c.pattern for c in report.changes) == {**patterns, "linear": layers} and not report.left, str(report)
+    linear = sum(type(m) is nn.Linear for m in model.modules())
+    qkv = 3 * sum(hasattr(m, "q_proj") for m in model.modules())
+    expected = {**patterns, "qkv": qkv, "linear": linear - qkv}
+    assert Counter(c.pattern for c in report.changes) == Counter(expected) and not report.left, str(report)
     assert list(model.state_dict()) == names
     for under_mode in (False, True):
         if under_mode:
@@ -132,7 +134,8 @@ pattern         class              parts  first
 causal_lm_loss  Qwen3ForCausalLM       1  (the model)
 residual_norm   Qwen3DecoderLayer      2  model.layers.0
 rotary          Qwen3Attention         2  model.layers.0.self_attn
-linear          Linear                15  model.layers.0.self_attn.q_proj
+qkv             Linear                 6  model.layers.0.self_attn.q_proj
+linear          Linear                 9  model.layers.0.self_attn.o_proj
 rms_norm        Qwen3RMSNorm           9  model.layers.0.self_attn.q_norm
 gated_mlp       Qwen3MLP               2  model.layers.0.mlp"""
 
@@ -239,6 +242,103 @@ def test_a_forward_that_was_replaced_already_is_left() -> None:
     x = torch.randn(2, 8)
     assert torch.equal(norm(x), own(x) * 2)
     assert gemsmode.unpatch(norm) == [] and torch.equal(norm(x), own(x) * 2)
+
+
+# -- layers that are computed together ---------------------------------------------------------------------------------
+
+
+class Projections(nn.Module):
+    """An attention's projections, called in some order, with something done in between."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, n, bias=bias) for n in (8, 4, 4))
+        self.order, self.between = "qkv", lambda x: x
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        results = {}
+        for name in self.order:
+            results[name] = self._modules[f"{name}_proj"](x)  # type: ignore[misc]
+            x = self.between(x)
+        return results
+
+
+def calls(gems: GemsMode) -> Counter[str]:
+    """How often rules served each of gemsmode's own ops."""
+    found: Counter[str] = Counter()
+    for r in gems.report.records:
+        if r.overload.startswith("gemsmode.") and r.decision == "rule":
+            found[r.overload.split(".")[1]] += r.calls
+    return found
+
+
+def served(model: nn.Module, x: torch.Tensor) -> tuple[Any, Counter[str]]:
+    """What ``model`` gives, and how often its layers were computed, alone or together."""
+    with torch.no_grad(), GemsMode(trace=True, strict=True) as gems:
+        result = model(x)
+    return result, calls(gems)
+
+
+def test_projections_of_one_row_are_one_launch(device: str) -> None:
+    for bias in (False, True):
+        model, x = Projections(bias).to(device), torch.randn(1, 1, 8, device=device)
+        expected = model(x)
+        report = gemsmode.patch(model)
+        assert [(c.path, c.pattern) for c in report.changes] == [("q_proj", "qkv"), ("k_proj", "qkv"), ("v_proj", "qkv")]
+        assert not gemsmode.patch(model).changes
+        for one in (model, copy.deepcopy(model)):
+            got, seen = served(one, x)
+            assert seen == {"qkv_linear": 1}
+            for name in "qkv":
+                torch.testing.assert_close(got[name], expected[name])
+        assert served(model, x.expand(2, 3, 8))[1] == {"linear": 3}
+        with GemsMode(trace=True) as gems:
+            model(x)["k"].sum().backward()
+        assert not [r for r in gems.report.records if r.overload.startswith("gemsmode.")] and model.k_proj.weight.grad is not None
+        assert [c.path for c in gemsmode.unpatch(model)] == ["q_proj", "k_proj", "v_proj"]
+        assert not any(n.startswith("_gemsmode") for m in model.modules() for n in m.__dict__)
+
+
+def test_a_result_computed_ahead_is_used_only_for_what_it_was_computed_from(device: str) -> None:
+    model, x = Projections().to(device), torch.randn(1, 8, device=device)
+    gemsmode.patch(model)
+
+    def written(x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)
+
+    def weight_replaced(x: torch.Tensor) -> torch.Tensor:
+        model.k_proj.weight = nn.Parameter(model.k_proj.weight + 1)
+        return x
+
+    for order, between, layers in (("kqv", lambda x: x, 1), ("qqkv", lambda x: x, 0), ("qkk", lambda x: x, 1), ("qkv", written, 2),
+                                   ("qkv", lambda x: x.clone(), 2), ("qk", weight_replaced, 1)):
+        model.order, model.between = order, between
+        wanted, given = {}, x.clone()
+        for name in order:
+            weight = model._modules[f"{name}_proj"].weight  # type: ignore[union-attr]
+            wanted[name] = F.linear(given, weight + 1 if between is weight_replaced and name == "k" else weight)
+            given = given if between is weight_replaced else between(given)
+        got, seen = served(model, x.clone())
+        assert seen["linear"] == layers and seen["qkv_linear"] == order.count("q"), order
+        for name in order:
+            torch.testing.assert_close(got[name], wanted[name], msg=lambda text, order=order, name=name: f"{order}, {name}: {text}")
+    with torch.inference_mode():
+        model.order, model.between = "qkv", lambda x: x
+        inference = torch.randn(1, 8, device=device)
+        with GemsMode(trace=True) as gems:
+            model(inference)
+    assert "gemsmode.qkv_linear.default" not in {r.overload for r in gems.report.records}
+
+
+def test_generation_of_a_patched_model_runs_layers_of_one_row(device: str) -> None:
+    model = MODELS["Llama"][0]().to(device).eval()
+    ids = torch.randint(3, 97, (1, 7), device=device)
+    tokens = generated(model, ids)
+    gemsmode.patch(model)
+    with GemsMode(trace=True, strict=True) as gems:
+        assert torch.equal(generated(model, ids), tokens)
+    # Two layers, and a token for each after the first, which is the prompt's.
+    assert calls(gems)["qkv_linear"] == calls(gems)["gated_linear"] == 2 * (tokens.shape[1] - 8) > 0
 
 
 # -- what patching keeps -----------------------------------------------------------------------------------------------
