@@ -206,48 +206,44 @@ class Masks(TorchFunctionMode):
     """Gives attention its masks as the kernels take them, made once where a model has one mask for all its layers.
 
     PyTorch's ``scaled_dot_product_attention`` makes of a boolean mask, in every layer, one that is added to the scores, by three
-    kernels; and one that is expanded along the keys it gives to its slowest implementation (transformers makes such masks while
-    a stream captures, when it may not look whether they mask anything).
+    kernels. And a mask that is the same for all keys it gives to its slowest implementation, though such a mask says no more than
+    which rows of the result are zero (transformers makes them while a stream captures, when it may not look whether they mask
+    anything).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[tuple[int, int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._made: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            given = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            if isinstance(given, torch.Tensor) and not given.requires_grad:
-                made = self._of(given, args[0] if args else kwargs["query"])
-                if len(args) > 3:
-                    args = (*args[:3], made, *args[4:])
-                else:
-                    kwargs = {**kwargs, "attn_mask": made}
+            given = dict(zip(("query", "key", "value", "attn_mask"), args)) | kwargs
+            mask = given.get("attn_mask")
+            if len(args) <= 4 and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim >= 2:
+                if mask.stride(-1) == 0 and mask.shape[-1] > 1:
+                    masked = self._once(mask, "rows", lambda: ~mask[..., :1])
+                    result = func(**{**given, "attn_mask": None})
+                    # In place, which keeps the layout, unless autograd has seen the result.
+                    return (torch.Tensor.masked_fill if result.requires_grad else torch.Tensor.masked_fill_)(result, masked, 0.0)
+                dtype = given["query"].dtype
+                return func(**{**given, "attn_mask": self._once(mask, dtype, lambda: _added(mask, dtype))})
         return func(*args, **kwargs)
 
-    def _of(self, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def _once(self, mask: torch.Tensor, what: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if mask.is_inference():  # whether it is still what it was cannot be known
-            return _added(mask, query.dtype)
-        key = id(mask), mask._version, query.dtype
+            return make()
+        key = id(mask), mask._version, what
         if key not in self._made:
-            self._made[key] = mask, _added(mask, query.dtype)
+            self._made[key] = mask, make()
         return self._made[key][1]
 
 
 def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``mask`` as it is added to scores, with keys that are neighbours in memory; other dimensions that are expanded stay so."""
-    if mask.dtype != torch.bool and (mask.ndim == 0 or mask.stride(-1) == 1 or mask.shape[-1] == 1):
-        return mask
+    """A boolean mask as it is added to scores; dimensions that are expanded stay so."""
     once = _once(mask)
     compact = mask if once is None else mask[once]
-    if compact.ndim:
-        compact = compact.expand(*compact.shape[:-1], mask.shape[-1])
-    if mask.dtype == torch.bool:
-        made = torch.zeros(compact.shape, dtype=dtype, device=mask.device).masked_fill_(~compact, float("-inf"))
-    else:
-        made = compact.contiguous()
-    return made.expand(mask.shape)
+    return torch.zeros(compact.shape, dtype=dtype, device=mask.device).masked_fill_(~compact, float("-inf")).expand(mask.shape)
 
 
 # -- trees of arguments and results ------------------------------------------------------------------------------------

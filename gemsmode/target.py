@@ -65,6 +65,11 @@ class Target:
         return 64 * 1024
 
     @functools.cached_property
+    def has_tf32x3(self) -> bool:
+        """Whether float32 products take three of TF32, where that was measured to be faster and as close (compute capability 9.0)."""
+        return self.backend == "cuda" and int(self.arch) == 90
+
+    @functools.cached_property
     def has_wgmma(self) -> bool:
         """Whether the tensor cores read their operands from shared memory (compute capability 9.0, and 10.x in its own way)."""
         return self.backend == "cuda" and 90 <= int(self.arch) < 120

@@ -417,9 +417,9 @@ def _gelu(self):
 
 @triton.jit
 def _fast_gelu(self):
-    # The normal distribution's tail beyond |x| (see _fast_gelu_backward): its relative error is small, which erf's is not near -1.
-    a = tl.abs(self)
-    tail = tl.exp(-0.5 * a * a) * maths.polynomial(maths.fast_reciprocal(1 + 0.4 * a), maths.NORMAL_TAIL_16)
+    # The normal distribution's tail beyond |x|, by its logarithm: the relative error is small, which that of erf is not near -1, and
+    # of the slow instructions there is one, which decides after a matrix product.
+    tail = tl.exp2(maths.polynomial(tl.abs(self), maths.LOG2_NORMAL_TAIL_16))
     return self * tl.where(self < 0, tail, 1 - tail)
 
 

@@ -28,7 +28,6 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.layout import broadcast_strides, preserved_strides
-from gemsmode.ops.matmul import float32_precision
 from gemsmode.ops.measured import check_measured
 from gemsmode.ops.pointwise import power_of_2
 from gemsmode.plan import Alloc, Arg, Decline, Launch, Out, Plan, Size, contiguous_strides, extent, stride
@@ -488,7 +487,7 @@ DECODE_ONE: Ladder = ((64, Blocks(16, 64, 4, 3)), (128, Blocks(16, 128, 4, 2)), 
 GRAD_KEY_VALUE: Ladder = ((64, Blocks(64, 128, 8, 2)), (128, Blocks(32, 128, 8, 2)), (256, Blocks(32, 32, 8, 1)))
 GRAD_QUERY: Ladder = ((64, Blocks(128, 64, 8, 2)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(32, 32, 8, 1)))
 
-# The same for float32, whose products are computed without tensor cores: sums take a register each.
+# The same for float32: operands are split in registers, and sums take a register each.
 FORWARD_FLOAT: Ladder = ((32, Blocks(64, 32, 4, 2)), (64, Blocks(64, 32, 8, 2)), (128, Blocks(32, 32, 8, 1)), (256, Blocks(16, 16, 8, 1)))
 BACKWARD_FLOAT: Ladder = ((32, Blocks(32, 32, 4, 1)), (64, Blocks(32, 32, 8, 1)), (256, Blocks(16, 16, 8, 1)))
 
@@ -603,7 +602,7 @@ class Attention(NamedTuple):
         return (self.bias.ref,), (*[stride(s) for s in outer], 1 if last == 1 else stride(last))
 
 
-_OPTIONS: dict[str, Any] = {"family": "attention", "by_value": ("dropout_p", "scale"), "state": (float32_precision,)}
+_OPTIONS: dict[str, Any] = {"family": "attention", "by_value": ("dropout_p", "scale")}
 
 
 def _index(call: Call, name: str) -> int:
@@ -720,8 +719,9 @@ def _described(a: Attention, target: Target, *read: Operand) -> bool:
     return all(s * x.meta.dtype.itemsize % 16 == 0 for x in read for s in x.meta.stride[:3]) and min(a.sizes[4:]) % 8 == 0
 
 
-def _precision(a: Attention) -> str:
-    return "tf32" if a.q.meta.dtype == torch.float32 and float32_precision() == "tf32" else "ieee"
+def _precision(a: Attention, target: Target) -> str:
+    """float32 products take three of TF32 where there are such, as PyTorch's own attention does, whatever is allowed for products."""
+    return "tf32x3" if a.q.meta.dtype == torch.float32 and target.has_tf32x3 else "ieee"
 
 
 def _head_constants(d: int, value_d: int) -> tuple[tuple[str, Any], ...]:
@@ -773,7 +773,7 @@ def forward_plan(call: Call, a: Attention, out: Alloc, out_strides: Sequence[int
         lse_steps = (*[Size(s) for s in (heads * m * splits, m * splits, splits)], 1)
     safe = a.bias is not None or (a.causal and (a.shift < 0 or splits > 1))
     constants = Constants((("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("SAFE", safe),
-                           ("EMPTY", empty if splits == 1 else float("-inf")), ("PRECISION", _precision(a)), *head,
+                           ("EMPTY", empty if splits == 1 else float("-inf")), ("PRECISION", _precision(a, call.target)), *head,
                            ("BLOCK_M", blocks.m), ("BLOCK_N", blocks.n)))
     launches = [Launch(forward_kernel, (programs, splits, 1),
                        (a.q.ref, a.k.ref, a.v.ref, bias, written, sums, Size(heads), Size(heads // a.k.meta.shape[1]), Size(m), Size(n),
@@ -818,7 +818,7 @@ def backward_plan(call: Call, a: Attention, grad_name: str, allocs: Sequence[All
     tma = _described(a, call.target, a.q, a.k, a.v, grad)
     for_keys = choose_blocks("key_value", block_d, m, itemsize, tma, a.bias is not None, call.target)
     for_queries = choose_blocks("query", block_d, m, itemsize, tma, a.bias is not None, call.target)
-    common = (("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("PRECISION", _precision(a)), *head)
+    common = (("TMA", tma), ("BIAS_ROW", a.bias_is_row), ("CAUSAL", a.causal), ("PRECISION", _precision(a, call.target)), *head)
     delta = Out(len(allocs) + (grad_bias is not None))
     sizes = (Size(heads), Size(group), Size(m), Size(n), extent(d), extent(value_d), Size(a.shift), a.scale)
     lse_steps = tuple(stride(s) for s in lse.stride[:3])

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from gemsmode.launch import Constants
 from gemsmode.ops.layout import channels_last_strides
-from gemsmode.ops.matmul import rounded_to_tf32
+from gemsmode.ops.measured import check_measured
 from gemsmode.ops.movement import suggests_channels_last
 from gemsmode.ops.pointwise import convert, power_of_2
 from gemsmode.ops.promotion import FLOAT
@@ -135,9 +135,6 @@ def patch_kernel(p_out, p_in, p_weight, biases, n_patches, n_out, n_inner, sizes
         # [BLOCK_L, BLOCK_K] and [BLOCK_K, BLOCK_N]
         b_in = tl.load(p_in + (o_patch[:, None] + o_k[None, :]), mask=m_l[:, None] & m_k[None, :], other=0)
         b_weight = tl.load(p_weight + (o_w[:, None] + (o_n * weight_steps[3])[None, :]), mask=m_k[:, None] & m_n[None, :], other=0)
-        if PRECISION == "tf32":  # as cuDNN rounds them: tl.dot cuts them off
-            b_in = rounded_to_tf32(b_in)
-            b_weight = rounded_to_tf32(b_weight)
         acc = tl.dot(b_in, b_weight, acc, input_precision=PRECISION)
     if len(biases) == 1:
         acc += tl.load(biases[0] + o_n * bias_step, mask=m_n, other=0).to(tl.float32)[None, :]
@@ -161,7 +158,7 @@ class PatchTile:
 
 PATCH_TILES = {
     "half": (PatchTile(128, 64, 64, 8, 3), PatchTile(64, 64, 64, 4, 4)),
-    "tf32": (PatchTile(128, 64, 32, 8, 3), PatchTile(64, 64, 32, 4, 3)),
+    "tf32x3": (PatchTile(128, 64, 32, 8, 3), PatchTile(64, 64, 32, 4, 3)),
     "ieee": (PatchTile(64, 64, 16, 4, 2), PatchTile(64, 32, 16, 4, 2)),
 }
 """By kind of product: the tile for many patches, and the one for when that would leave multiprocessors idle. Offsets of
@@ -197,11 +194,6 @@ def choose_plane_tile(rows: int, columns: int, target: Target) -> PlaneTile:
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
-
-
-def float32_precision() -> str:
-    """``"tf32"`` if PyTorch allows it for float32 convolutions; anything else means IEEE."""
-    return torch._C._get_fp32_precision_getter("cuda", "conv")
 
 
 def _spread(values: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -264,14 +256,17 @@ def _patches(call: Call, x: TensorMeta, weight: TensorMeta, bias: TensorMeta | N
     patches = out.shape[0] * view.sizes[0] * view.sizes[1]
     channels = out.shape[1]
     inner = weight.numel // channels
-    kind = "half" if x.dtype.itemsize == 2 else "tf32" if float32_precision() == "tf32" and not call.target.interpreted else "ieee"
+    # Three products of TF32 are as close as float32: whether cuDNN takes one where that is allowed depends on the shape.
+    kind = "half" if x.dtype.itemsize == 2 else "tf32x3" if call.target.has_tf32x3 else "ieee"
     tile = choose_patch_tile(patches, channels, kind, call.target)
+    check_measured("patches", call.target, itemsize=x.dtype.itemsize, width=kernel[-1],
+                   programs=-(-patches // tile.patches) * -(-channels // tile.channels))
     columns, rows = kernel[-1], kernel[-2] if len(kernel) == 2 else 1
     flat = weight.is_contiguous
     args = (Out(0), Arg(0), Arg(1), () if bias is None else (Arg(2),), Size(patches), Size(channels), stride(inner),
             tuple([Size(s) for s in view.sizes]), view.out_steps, view.out_strides, view.in_steps, view.in_strides,
             (*view.weight_steps, Size(weight.stride[1]), stride(weight.stride[0])), Size(1 if bias is None else bias.stride[0]))
-    constants = (("KERNEL", (columns, rows)), ("FLAT", flat), ("PRECISION", "tf32" if kind == "tf32" else "ieee"),
+    constants = (("KERNEL", (columns, rows)), ("FLAT", flat), ("PRECISION", "ieee" if kind == "half" else kind),
                  ("WIDE", max(x.extent, out.meta.numel) >= 2**31 - 2**17), ("BLOCK_L", tile.patches), ("BLOCK_N", tile.channels),
                  ("BLOCK_K", tile.inner))
     launch = Launch(patch_kernel, (-(-patches // tile.patches), -(-channels // tile.channels), 1), args, Constants(constants),
@@ -300,7 +295,7 @@ def _output(x: TensorMeta, weight: TensorMeta, bias: TensorMeta | None, kind: Se
     return (x.shape[0], weight.shape[0], *sizes)
 
 
-@planned("aten.convolution.default", dtype(*FLOAT), family="conv", kernel=depthwise_kernel, state=(float32_precision,))
+@planned("aten.convolution.default", dtype(*FLOAT), family="conv", kernel=depthwise_kernel)
 def convolution(call: Call) -> Plan:
     x, weight, bias, steps, padding, dilation, transposed, _, groups = call.args
     rank = x.ndim - 2

@@ -448,6 +448,10 @@ ERFCX_64 = tl.constexpr((
 NORMAL_TAIL_16 = tl.constexpr((
     0.05469452576, -0.2499617301, 0.3361734161, 0.0117602656, 0.1919157613, 0.1551803895, 0.0002372692833,
 ))
+# log2(erfc(a / sqrt(2)) / 2) for 0 <= a <= 6.5, where its least absolute error is sought; beyond it falls on and on
+LOG2_NORMAL_TAIL_16 = tl.constexpr((
+    -1.75777698e-06, 5.993658803e-05, -0.000916362981, 0.008447385558, -0.05382450164, -0.4586157076, -1.151180166, -1.000003873,
+))
 # erfinv(x) / x, in w - 2.5 for w = -log(1 - x**2) <= 5, then in sqrt(w) - 3 up to 16, in sqrt(w) - 5 beyond
 ERFINV_A_32 = tl.constexpr((
     -8.93192597e-9, 2.33359672e-8, 4.681313481e-7, -3.463985268e-6, -4.972419689e-6, 0.0002183493862, -0.001252726392, -0.004177392875,

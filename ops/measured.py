@@ -25,7 +25,7 @@ class Slower(NamedTuple):
 
     Attributes:
         family: who asks: ``product``, ``attention``, ``sort``, ``unique``, ``median`` (of all elements), ``kthvalue`` or
-            ``upsample``, ``power``, ``shuffle`` or ``search``.
+            ``upsample``, ``power``, ``shuffle``, ``search`` or ``patches`` (of a convolution).
         capability: the compute capability where it holds, as :attr:`Target.arch` has it.
         what: the class in words.
         test: takes the call's facts.
@@ -47,8 +47,16 @@ def _attention_backward(*, backward: bool, itemsize: int, **_: Any) -> bool:
     return backward and itemsize == 2
 
 
-def _ieee_product(*, kind: str, m: int, n: int, k: int, **_: Any) -> bool:
-    return kind == "ieee" and (min(m, n, k) >= 256 or (min(m, n) > 1 and k >= 512))
+def _float_attention(*, backward: bool, itemsize: int, m: int, **_: Any) -> bool:
+    return itemsize == 4 and (backward or m > 16)
+
+
+def _few_float_rows(*, kind: str, m: int, n: int, k: int, **_: Any) -> bool:
+    return kind == "tf32x3" and 1 < min(m, n) <= 8 and k >= 512
+
+
+def _unaligned_floats(*, kind: str, m: int, n: int, k: int, aligned: bool, **_: Any) -> bool:
+    return kind == "tf32x3" and min(m, n) > 1 and not aligned and m * n * k >= 2**22
 
 
 def _tf32_product(*, kind: str, **_: Any) -> bool:
@@ -61,6 +69,10 @@ def _short_addmm(*, kind: str, m: int, n: int, k: int, batch: int, alone: bool, 
 
 def _large_product(*, kind: str, m: int, n: int, k: int, batch: int, alone: bool, **_: Any) -> bool:
     return kind == "half" and batch == 1 and alone and k > 1024 and 2**36 <= m * n * k < 2**38
+
+
+def _patches_of_floats(*, itemsize: int, width: int, programs: int) -> bool:
+    return itemsize == 4 and (width % 4 != 0 or programs < 132)
 
 
 def _wide_window(*, taps: int, itemsize: int, **_: Any) -> bool:
@@ -100,19 +112,25 @@ def _long_search(*, boundaries: int, **_: Any) -> bool:
 
 
 SLOWER: tuple[Slower, ...] = (
-    Slower("product", 90, "float32 products of more than one row over 512 elements or more, without TF32", _ieee_product,
-           "on an H200 0.82x at 2048x2048x2048, 0.36x at 2048x1376x512, 0.19x at 129x65x2047, 0.56x at 16x4096x4096 and 0.37x at "
-           "4x4096x4096, where PyTorch's rounding errors are smaller, too; addmm at 16x768x3072 is left to it at 3.4x"),
+    Slower("product", 90, "float32 products of 2 to 8 rows over 512 elements or more", _few_float_rows,
+           "on an H200 0.92x at 4x4096x4096, where PyTorch's rounding errors are smaller, too"),
+    Slower("product", 90, "float32 products of matrices whose rows do not start at multiples of 16 bytes", _unaligned_floats,
+           "0.21x at 129x65x2047 on an H200"),
     Slower("product", 90, "float32 products with TF32", _tf32_product,
            "operands rounded to nearest cost 0.16x to 0.40x at 4096x4096x4096 on an H200, 0.59x at 512x512x512, 0.94x at 16x2048x2048"),
     Slower("product", 90, "large 16-bit products over 512 to 1024 elements", _short_addmm,
            "0.93x for addmm 4096x3072x768 on an H200"),
     Slower("product", 90, "16-bit products of 2^36 to 2^38 multiplications over more than 1024 elements", _large_product,
            "on an H200 0.97x for 4096x4096x4096 in bfloat16, 0.95x in float16, and 0.95x for 2048x11008x4096"),
+    Slower("patches", 90, "float32 patches of a width that is no multiple of 4, or too few for every multiprocessor", _patches_of_floats,
+           "on an H200 0.63x for 16x3x224x224 in patches of 14x14 to 1024 channels and 0.43x for 2x64x56x56 of 4x4 to 96; 2.3x and 3.1x "
+           "for patches of 16x16 and 32x32"),
     Slower("attention", 90, "attention's backward in 16-bit floats", _attention_backward,
            "seven matrix products without atomics where cuDNN needs five; 0.55x, causal, 4x32x2048x128 on an H200"),
     Slower("attention", 90, "attention of more than 64 queries in 16-bit floats without a bias", _attention_forward,
            "on an H200 0.66x causal, 4x32x4096x128, 0.74x with groups of 4 heads, 2x32x8192x128, and 0.88x without a mask, 16x16x1024x64"),
+    Slower("attention", 90, "attention of more than 16 queries in float32, and its gradients", _float_attention,
+           "on an H200 0.53x and with gradients 0.41x, 4x16x1024x64; 0.81x and 0.61x causal, 1x12x2048x64"),
     Slower("sort", 90, "sorts of rows of more than 1024 elements", _long_sort,
            "on an H200 0.65x at 4096x2048, 0.87x at 1024x8192, 0.56x at 256x32768 and 0.36x for 2^20 elements, float32; "
            "0.20x to 0.93x for all sizes and dtypes but 65536 int64, 1.25x"),

@@ -94,12 +94,14 @@ def test_pytorch_rejects() -> None:
     refuse(lambda: aten.convolution(x, randn(6, 1, 9, 9), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 6))
 
 
-def test_tf32_is_used_where_pytorch_allows_it() -> None:
-    call = (on_gpu((2, 3, 64, 64), F32), on_gpu((64, 3, 16, 16), F32), None, (16, 16), (0, 0), (1, 1), False, (0, 0), 1)
-    for allowed, precision in ((False, "ieee"), (True, "tf32"), (False, "ieee")):
+@pytest.mark.parametrize(("target", "precision"), [("cuda", "tf32x3"), ("hip", "ieee")])
+def test_float32_stays_float32(target: str, precision: str) -> None:
+    """Whatever PyTorch allows: products of TF32 are taken three at a time."""
+    call = (on_gpu((64, 3, 224, 224), F32), on_gpu((768, 3, 16, 16), F32), None, (16, 16), (0, 0), (1, 1), False, (0, 0), 1)
+    for allowed in (False, True):
         with tf32(allowed):
-            policy = Policy(registry.default, target=Target("cuda", "cuda", 90, present=False))
-            plan = policy.handler(aten.convolution.default).decide(call, bind=False).plan
+            arch = Target("cuda", target, 90 if target == "cuda" else "gfx942", present=False)
+            plan = Policy(registry.default, target=arch).handler(aten.convolution.default).decide(call, bind=False).plan
         assert plan is not None and dict(plan.launches[-1].constants)["PRECISION"] == precision
 
 

@@ -382,6 +382,9 @@ def _calls(full: bool) -> list[Any]:
     # Persistent programs: both layouts of both operands, a short K, a last round that is split.
     for a, b in itertools.product((False, True), repeat=2) if full else ((False, False), (True, False)):
         calls.append(["aten.mm.default", "bfloat16", "highest", [[[4096, 4096], a], [[4096, 4096], b]]])
+    # float32: operands exchanged, and neither along K.
+    for a, size in itertools.product((False, True), (2048, 512)):
+        calls.append(["aten.mm.default", "float32", "highest", [[[size, size], a], [[size, size], False]]])
     calls += [["aten.mm.default", "float16", "highest", [[[2048, 4096], False], [[4096, 11008], True]]],
               ["aten.addmm.default", "bfloat16", "highest", [[[4096, 3072], False], [[4096, 768], False], [[768, 3072], True], 1, 1]],
               ["aten.bmm.default", "bfloat16", "highest", [[[128, 1024, 64], False], [[128, 64, 1024], True]]]]
@@ -456,7 +459,7 @@ def test_float32_follows_the_allowed_precision(monkeypatch: pytest.MonkeyPatch) 
         finally:
             torch.set_float32_matmul_precision("highest")
         precisions[setting] = dict(plan.launches[0].constants)["PRECISION"]
-    assert precisions == {"highest": "ieee", "high": "tf32"}
+    assert precisions == {"highest": "tf32x3", "high": "tf32"}
 
 
 @triton.jit
@@ -636,19 +639,21 @@ def test_what_was_measured_to_be_slower_is_left_to_pytorch_there(monkeypatch: py
     from gemsmode.plan import Decline
     from gemsmode.target import INTERPRETER, Target
 
-    def mm(arch: int, dtype: torch.dtype, size: int) -> str:
+    def mm(arch: int, dtype: torch.dtype, size: int, rows: int | None = None) -> str:
         target = Target("cuda", "cuda", arch, present=False) if arch else INTERPRETER
-        x = TensorMeta(dtype, (size, size), (size, 1), torch.device("cuda", 0) if arch else torch.device("cpu"))
+        device = torch.device("cuda", 0) if arch else torch.device("cpu")
+        x, y = TensorMeta(dtype, (rows or size, size), (size, 1), device), TensorMeta(dtype, (size, size), (size, 1), device)
         try:
-            matmul.mm(gemsmode.Call(aten.mm.default, (x, x), target))
+            matmul.mm(gemsmode.Call(aten.mm.default, (x, y), target))
         except Decline as reason:
             return str(reason)
         return ""
 
     monkeypatch.delenv("GEMSMODE_SLOWER")
-    assert "on an H200 0.82x at 2048x2048x2048" in mm(90, torch.float32, 2048)
-    assert not mm(90, torch.float32, 64) and not mm(80, torch.float32, 2048) and not mm(0, torch.float32, 2048)
-    assert not mm(90, torch.bfloat16, 2048)
+    assert "on an H200 0.92x at 4x4096x4096" in mm(90, torch.float32, 2048, 4) and "16 bytes" in mm(90, torch.float32, 2047)
+    for arch, size, rows in ((90, 2048, None), (90, 2048, 16), (90, 2048, 1), (90, 127, None), (80, 2047, None), (0, 2047, None)):
+        assert not mm(arch, torch.float32, size, rows)
+    assert not mm(90, torch.bfloat16, 2048) and not mm(90, torch.bfloat16, 2048, 4)
     torch.set_float32_matmul_precision("high")
     try:
         assert "with TF32 (operands rounded to nearest cost" in mm(90, torch.float32, 2048)
