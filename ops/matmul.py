@@ -262,15 +262,13 @@ LARGE: dict[str, tuple[Tile, ...]] = {
     "half": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 8, 3)),
     "tf32x3": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 32, 4, 4)),
-    # Tensor cores read the second operand along K: if neither operand lies so, it is turned around in shared memory.
-    "tf32x3 across": (Tile(256, 64, 32, 8, 3), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 32, 4, 4)),
     "ieee": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 16, 4, 3)),
     "f64": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 4)),
 }
 """The same for more rows than :data:`FEW_ROWS`, largest tile first.
 
-On an H200 2048x2048x2048 in float32 takes 225 us (cuBLAS 350), 290 with neither operand along K (cuBLAS 336), 1024x1024x1024 32
-(58), 16x4096x4096 29 (49); blocks of 64 of K have an error of 1.3 of cuBLAS's at 256x256x256, those of 32 of 0.9.
+On an H200 2048x2048x2048 in float32 takes 225 us (cuBLAS 350), 1024x1024x1024 32 (58), 16x4096x4096 29 (49); blocks of 64 of K
+have an error of 1.3 of cuBLAS's at 256x256x256, those of 32 of 0.9.
 """
 
 GROUP = 8
@@ -474,8 +472,10 @@ def plan_product(call: Call, product: Product) -> Plan:
     acc = accumulated
     wide = k >= 2**30 or count >= 2**31 or any([meta.extent >= 2**31 - 2**20 for meta in metas.values()])
     kind = _kind(a.meta.dtype, call.target)
+    if kind == "tf32x3" and (k % 32 or not (_is_aligned(a) and _is_aligned(b))):
+        kind = "ieee"  # whose loads need not be whole vectors, and of whose sums the last one may be short
     check_measured("product", call.target, m=m, n=n, k=k, batch=batch, kind=kind, alone=product.alone,
-                   aligned=_is_aligned(a) and _is_aligned(b))
+                   across=a.column != 1 and b.row != 1)
     tiled = _plan_tiles(call, product) if m > 1 and n > 1 else None
     if tiled is not None:
         return tiled
@@ -494,15 +494,13 @@ def plan_product(call: Call, product: Product) -> Plan:
     else:
         swapped = n < m and n <= FEW_ROWS
         if kind == "tf32x3" and min(m, n) > FEW_ROWS:
-            swapped = a.column == 1 and b.row != 1
+            swapped = a.column == 1 and b.row != 1  # tensor cores read the right operand along K
         left, right = (b.transposed, a.transposed) if swapped else (a, b)
-        if kind == "tf32x3" and min(m, n) > FEW_ROWS and right.row != 1:
-            kind = "tf32x3 across"
         rows, columns = (n, m) if swapped else (m, n)
         tile, k_blocks = choose_tile(rows, columns, k, batch, kind, a.meta.dtype.itemsize, call.target)
         parts = max(-(-k // (k_blocks * tile.k)), 1)
         grid = (_tiles(tile, rows, columns) * batch, parts, 1)
-        precision = kind.split()[0] if kind.startswith("tf32") else "ieee"
+        precision = kind if kind.startswith("tf32") else "ieee"
         constants = _constants(at_once if parts == 1 else persistent.unchanged, ACC=acc, PRECISION=precision, WIDE=wide,
                                UPCAST=call.target.interpreted, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP,
                                EVICT=tile.evict, BY_BLOCK=kind == "ieee")

@@ -382,8 +382,9 @@ def _calls(full: bool) -> list[Any]:
     # Persistent programs: both layouts of both operands, a short K, a last round that is split.
     for a, b in itertools.product((False, True), repeat=2) if full else ((False, False), (True, False)):
         calls.append(["aten.mm.default", "bfloat16", "highest", [[[4096, 4096], a], [[4096, 4096], b]]])
-    # float32: operands exchanged, and neither along K.
-    for a, size in itertools.product((False, True), (2048, 512)):
+    # float32: operands exchanged, and neither along K; lengths and rows that are no whole vectors.
+    calls.append(["aten.mm.default", "float32", "highest", [[[200, 250], False], [[250, 200], False]]])
+    for a, size in ((False, 2048), (False, 512), (True, 512)):
         calls.append(["aten.mm.default", "float32", "highest", [[[size, size], a], [[size, size], False]]])
     calls += [["aten.mm.default", "float16", "highest", [[[2048, 4096], False], [[4096, 11008], True]]],
               ["aten.addmm.default", "bfloat16", "highest", [[[4096, 3072], False], [[4096, 768], False], [[768, 3072], True], 1, 1]],
@@ -650,7 +651,8 @@ def test_what_was_measured_to_be_slower_is_left_to_pytorch_there(monkeypatch: py
         return ""
 
     monkeypatch.delenv("GEMSMODE_SLOWER")
-    assert "on an H200 0.92x at 4x4096x4096" in mm(90, torch.float32, 2048, 4) and "16 bytes" in mm(90, torch.float32, 2047)
+    for size, rows, reason in ((2048, 4, "0.92x at 4x4096x4096"), (2047, None, "no multiples"), (2048, 50, "33 to 64 rows")):
+        assert reason in mm(90, torch.float32, size, rows)
     for arch, size, rows in ((90, 2048, None), (90, 2048, 16), (90, 2048, 1), (90, 127, None), (80, 2047, None), (0, 2047, None)):
         assert not mm(arch, torch.float32, size, rows)
     assert not mm(90, torch.bfloat16, 2048) and not mm(90, torch.bfloat16, 2048, 4)
