@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from gemsmode import registry as registry_module
 from gemsmode.choice import as_chooser
-from gemsmode.handlers import OpHandler, Policy
+from gemsmode.handlers import MAX_PLANS, Decided, OpHandler, Policy
 from gemsmode.native import REFERENCES, native
 from gemsmode.registry import Registry
 from gemsmode.selectors import Selection, Selector, as_names
-from gemsmode.signature import parameters
+from gemsmode.signature import make_functions, parameters
 from gemsmode.target import current
 
 if TYPE_CHECKING:
@@ -279,25 +279,37 @@ class GemsMode(TorchDispatchMode):
                     recorder.end(token, op, decision, (*args, *kwargs.values()))
 
             return fixed
-        functions = handler.functions
-        assert functions is not None
+        # As an untraced call is found, by functions of this op's own, in whose plans each decision is told with the call.
+        plans: dict[Any, Callable[..., Any]] = {}
 
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            bound = functions.bind(*args, **kwargs)
-            decided = handler.lookup(bound)
-            if decided.decision.kind == "composite":
-                return decided.run(*bound)
+        def served(decided: Decided, signature: object, *args: Any) -> Any:
             token = recorder.begin(op, decided.decision)
             try:
-                return decided.run(*bound)
+                return decided.run(*args)
             except Exception as error:
-                result = handler._failed(error, decided.run, bound)
-                decided = handler.lookup(bound)
+                result = handler._failed(error, decided.run, args)
+                decided, signature = handler.lookup(args), None
+                plans.clear()
+                found.forget()
                 return result
             finally:
-                recorder.end(token, op, decided.decision, bound, by_signature=True)
+                recorder.end(token, op, decided.decision, args, signature)
 
-        return recorded if self._verifier is None else self._verifier.function(op, handler, recorder, recorded)
+        def miss(args: tuple[Any, ...], key: tuple | None) -> Callable[..., Any]:
+            decided = handler.lookup(args)
+            kept = key is not None and handler.decided.get(key) is decided and not decided.provisional
+            run = decided.run if decided.decision.kind == "composite" else functools.partial(served, decided, object() if kept else None)
+            if kept:
+                if len(plans) >= MAX_PLANS:
+                    plans.clear()
+                plans[key] = run
+            return run
+
+        def failed(error: Exception, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+            raise error  # what could be fallen back from, `served` has
+
+        found = make_functions(op, plans, miss, failed, *handler.keyed_by)
+        return found.call if self._verifier is None else self._verifier.function(op, handler, recorder, found.call)
 
     @property
     def report(self) -> Report:

@@ -33,7 +33,7 @@ from gemsmode import registry as registry_module
 from gemsmode.handlers import Decision, Policy
 from gemsmode.signature import describe
 from gemsmode.target import INTERPRETER
-from gemsmode.tracing import Gathered, NotAReportError, Record, Recorder, Report, gather, merge
+from gemsmode.tracing import Gathered, NotAReportError, Record, Recorder, Report, clock, gather, merge
 from gemsmode.tracing import recorder as recorder_module
 from gemsmode.tracing.clock import HARVEST_AT, DeviceClock
 from gemsmode.tracing.table import plain, render
@@ -542,7 +542,8 @@ def test_what_lies_between_empty_events_is_taken_off() -> None:
     assert record.device_s == pytest.approx(20 * (1e-3 - added))
 
 
-def test_a_device_without_work_is_kept_busy() -> None:
+def test_a_device_without_work_is_kept_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemsmode.tracing.clock._SURELY_BUSY_NS", 0)
     recorder, fake = device_recorder(keeps_busy=True)
     call(recorder)
     assert len(fake.naps) == 1
@@ -550,8 +551,11 @@ def test_a_device_without_work_is_kept_busy() -> None:
     call(recorder, 40)
     assert len(fake.naps) == 1
     fake.busy = False
+    monkeypatch.setattr("gemsmode.tracing.clock._SURELY_BUSY_NS", 10**12)
     call(recorder)
     assert len(fake.naps) == 2 and fake.waits == 0
+    call(recorder, 40)  # in that time nobody asks whether there is work
+    assert len(fake.naps) == 2
     fake.capturing = True
     call(recorder, 3)
     assert len(fake.naps) == 2
@@ -602,8 +606,9 @@ def test_a_call_that_begins_at_once_has_one_event(monkeypatch: pytest.MonkeyPatc
     chained = entries[:2 * HARVEST_AT + 1]
     assert all(e.device_ns == 1_000_000 for e in chained)
     assert all(after.device_start == e.device_start + e.device_ns for e, after in pairwise(chained))
-    pool = recorder._clock._pools[0]
-    assert len(pool) == len(set(map(id, pool))) == fake.made - 1  # each event once, but for the one that all are placed by
+    (lane,) = recorder._clock._lanes.values()
+    # Each event once, but for the one that all are placed by, and the end of the last call, which the next might have begun with.
+    assert len(lane.pool) == len(set(map(id, lane.pool))) == fake.made - 2
     made = fake.made
     fake.busy = True
     call(recorder, HARVEST_AT - 1)
@@ -627,12 +632,98 @@ def test_nothing_is_timed_under_capture() -> None:
     fake.capturing = True
     call(recorder, 5)
     during = recorder.report()
-    assert has_note(during, "a graph is being captured")
+    assert has_note(during, "a graph is being captured") and during.calls == len(recorder.timeline) == 7
     fake.capturing = False
     report = recorder.report()
+    assert [e.device_ns > 0 for e in recorder.timeline.entries()] == [True] * 2 + [False] * 5
     (record,) = report.records
     assert (record.calls, record.captured, record.device_calls) == (7, 5, 2)
     assert has_note(report, "5 calls were captured into a CUDA graph")
+
+
+class FakeStreams(FakeDevice):
+    """A device whose streams are told apart, and that counts what it is asked, as :class:`gemsmode.tracing.clock._Runtime` has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.asked = 7, Counter[str]()
+
+    def current_stream(self, device: int) -> str:
+        return f"stream {self.number}"
+
+    def runtime(self, module: Any) -> clock._Runtime:
+        def counted(name: str, function: Any) -> Any:
+            def asked(*args: Any) -> Any:
+                self.asked[name] += 1
+                return function(*args)
+
+            return asked
+
+        return clock._Runtime(
+            counted("device", self.current_device), counted("stream", lambda device: self.number),
+            counted("capturing", self.is_current_stream_capturing), counted("record", lambda event, stream: event.record()),
+            counted("query", lambda event: event.query()),
+            lambda pairs: [counted("length", start.elapsed_time)(end) for start, end in pairs])
+
+
+def streams_recorder(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, FakeStreams]:
+    fake, recorder = FakeStreams(), Recorder(INTERPRETER)
+    fake._sleep = lambda cycles: fake.naps.append(fake.now)
+    monkeypatch.setattr(clock, "_runtime", fake.runtime)
+    monkeypatch.setattr(clock, "_AT_ONCE_NS", 10**12)
+    recorder._clock = DeviceClock(fake, recorder.timeline)
+    return recorder, fake
+
+
+def test_a_call_asks_the_device_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call costs on a GPU is mostly what is asked of CUDA: an event and its reading, and four questions of the host's own."""
+    recorder, fake = streams_recorder(monkeypatch)
+    monkeypatch.setattr(clock, "_SURELY_BUSY_NS", 0)
+    call(recorder)
+    fake.busy = True
+    call(recorder, 8)
+    fake.asked.clear()
+    call(recorder, HARVEST_AT)
+    assert fake.asked == dict.fromkeys(("device", "stream", "capturing", "record"), HARVEST_AT) | {"query": HARVEST_AT + 1}
+    fake.busy = False
+    fake.asked.clear()
+    recorder.report()
+    assert fake.asked["length"] <= 1.1 * (HARVEST_AT + 9) + clock._PAIRS and not fake.asked["query"]
+
+
+def test_streams_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, fake = streams_recorder(monkeypatch)
+    call(recorder)
+    fake.busy = True
+    for number in (7, 7, 8, 8, 7):
+        fake.number = number
+        call(recorder)
+    assert fake.asked["record"] == 1 + 2 + 1 + 1 + 2 + 1 + 2  # an origin, and a start where the stream is another
+    fake.busy = False
+    (record,) = recorder.report().records
+    assert record.device_calls == 6 and [e.device_ns for e in recorder.timeline.entries()] == [1_000_000] * 6
+
+
+def test_reports_while_another_thread_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, _ = streams_recorder(monkeypatch)
+    recorder._clock.gap_ns = 0  # measuring it would move the clock from this thread, too
+    done, seen = threading.Event(), list[Report]()
+
+    def work() -> None:
+        call(recorder, 5000)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.is_set():
+        seen.append(recorder.report())
+    thread.join()
+    (record,) = recorder.report().records
+    assert (record.calls, record.device_calls) == (5000, 5000) and len(recorder.timeline) == 5000
+    assert all(e.device_ns > 0 for e in recorder.timeline.entries())
+    assert all(earlier.calls <= later.calls for earlier, later in pairwise(seen))
+    for lane in recorder._clock._lanes.values():
+        assert len(lane.pool) == len(set(map(id, lane.pool)))
 
 
 def test_calls_on_another_device_take_host_time() -> None:

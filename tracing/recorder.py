@@ -12,7 +12,6 @@ import platform
 import sys
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from gemsmode.handlers import Decision
 from gemsmode.native import numbers_of_host
 from gemsmode.target import Target
-from gemsmode.tracing.clock import DeviceClock, Pending
+from gemsmode.tracing.clock import DeviceClock, OfThread, Timed
 from gemsmode.tracing.modules import ModuleTracker, Place
 from gemsmode.tracing.report import COMPUTE, Record, Report
 from gemsmode.tracing.timeline import Timeline
@@ -43,33 +42,34 @@ LISTED = 8
 _APART_BECAUSE = {"view": "a view, an allocation or metadata", "comm": "communication between processes",
                   "host": "0-dim CPU tensors alone: numbers that PyTorch keeps on the host"}
 
-Token = tuple[Any, Any, int]
+Token = tuple["_Buffer", Any, Timed | None, int]
 _current_graph_task_id = torch._C._current_graph_task_id
 
 
 class _Totals:
     """A row: what its calls have in common, and their totals."""
 
-    __slots__ = ("calls", "captured", "decision", "device_calls", "device_ns", "host_ns", "module", "number", "op", "phase",
-                 "shapes", "touched")
+    __slots__ = ("calls", "captured", "decision", "device_calls", "device_ns", "foreign", "host_ns", "module", "number",
+                 "op", "phase", "shapes", "touched")
 
     def __init__(self, number: int, op: Any, decision: Decision, shapes: tuple[Any, ...] | None, module: str, phase: str,
                  touched: int) -> None:
         self.number, self.op, self.decision, self.shapes, self.module, self.phase = number, op, decision, shapes, module, phase
         self.touched = touched
+        self.foreign = getattr(op, "namespace", "aten") != "aten"
         self.calls = self.host_ns = self.device_ns = self.device_calls = self.captured = 0
 
 
-class _Buffer:
+class _Buffer(OfThread):
     """What one thread has recorded."""
 
-    __slots__ = ("known", "pending", "place", "rows", "thread")
+    __slots__ = ("known", "place", "rows", "thread")
 
     def __init__(self, place: Place) -> None:
+        super().__init__()
         self.rows: dict[Any, _Totals] = {}
-        self.known: dict[Any, tuple[Decision, _Totals]] = {}
-        """The rows of rules' decisions, by the decision's identity, module and phase; an entry keeps its decision alive."""
-        self.pending: deque[Pending] = deque()
+        self.known: dict[Any, tuple[object, _Totals, int | None]] = {}
+        """The rows and devices of calls, by the identity of their signature, module and phase; an entry keeps its signature alive."""
         self.place = place
         self.thread = threading.get_ident()
 
@@ -83,6 +83,14 @@ def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
         elif arg.__class__ in (list, tuple) and arg and (isinstance(arg[0], torch.Tensor) or isinstance(arg[-1], torch.Tensor)):
             found.append((len(arg), *[None if t is None else (t.dtype, t.shape) for t in arg[:LISTED]]))
     return tuple(found)
+
+
+def _device(args: tuple[Any, ...]) -> int | None:
+    """The index of the first tensor's device, -1 for the CPU; None without a tensor."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.get_device()
+    return None
 
 
 def _touched(args: tuple[Any, ...]) -> int:
@@ -188,6 +196,10 @@ class Recorder:
 
     def begin(self, op: Any, decision: Decision) -> Token:
         """A call is about to run; give what this returns to :meth:`end`."""
+        try:
+            buffer = self._local.buffer
+        except AttributeError:
+            buffer = self._new_buffer()
         span = None
         if _profiler_enabled():
             # Nests under the profiler's own ranges, so that its trace shows what each call became.
@@ -195,40 +207,45 @@ class Recorder:
             span.__enter__()
         clock = self._clock
         # A view runs nothing on the device.
-        return span, clock.start() if clock is not None and decision.kind != "view" else None, time.perf_counter_ns()
+        timed = clock.start(buffer) if clock is not None and decision.kind != "view" else None
+        return buffer, span, timed, time.perf_counter_ns()
 
-    def end(self, token: Token, op: Any, decision: Decision, args: tuple[Any, ...], by_signature: bool = False) -> None:
+    def end(self, token: Token, op: Any, decision: Decision, args: tuple[Any, ...], signature: object = None) -> None:
         """The call has run, or raised. Only metadata of ``args`` is read.
 
         Args:
-            by_signature: whether ``decision`` is of calls with these shapes and dtypes alone, so that its row is known by it.
+            signature: the same object for all calls of the same op, decision and metadata, whose row is then known by it.
         """
         now = time.perf_counter_ns()
-        span, mark, began = token
+        buffer, span, timed, began = token
         if span is not None:
             span.__exit__(None, None, None)
-        try:
-            buffer = self._local.buffer
-        except AttributeError:
-            buffer = self._new_buffer()
-        module, phase = self._place(buffer.place)
-        by_signature = by_signature and decision.kind == "rule"
-        known = buffer.known.get((id(decision), module, phase)) if by_signature else None
-        if known is not None and known[0] is decision:
-            row = known[1]
+        place = buffer.place
+        if _current_graph_task_id() == -1:  # as `_place` has it, which is asked where time does not count
+            module, phase = place.module, place.phase
         else:
-            row = self._row(buffer, op, decision, args, module, phase)
-            if by_signature:
+            module, phase = self.modules.backward_module(place), "backward"
+        known = buffer.known.get((id(signature), module, phase)) if signature is not None else None
+        if known is None:
+            row, device = self._row(buffer, op, decision, args, module, phase), _device(args)
+            if signature is not None:
                 if len(buffer.known) >= MAX_ROWS:
                     buffer.known.clear()
-                buffer.known[id(decision), module, phase] = decision, row
+                buffer.known[id(signature), module, phase] = signature, row, device
+        else:
+            _, row, device = known
         row.calls += 1
         if self._dry is not None:
             return
-        row.host_ns += now - began
-        index = self.timeline.add(row.number, began, now - began, buffer.thread)
-        if mark is not None:
-            self._stop_clock(mark, args, buffer, row, index)
+        host_ns = now - began
+        row.host_ns += host_ns
+        if timed is not None:
+            assert self._clock is not None
+            if device is not None and device != timed.lane.device:
+                self._clock.give_back(timed)  # the events were on another device than the call
+            elif self._clock.stop(timed, row, began, host_ns):
+                return
+        self.timeline.add(row.number, began, host_ns, buffer.thread)
 
     def _row(self, buffer: _Buffer, op: Any, decision: Decision, args: tuple[Any, ...], module: str, phase: str) -> _Totals:
         """The row of a call, a new one if there is none."""
@@ -270,26 +287,17 @@ class Recorder:
         row = buffer.rows[key] = _Totals(next(self._numbers), op, decision, shapes, module, phase, _touched(args) if shapes else 0)
         return row
 
-    def _stop_clock(self, mark: Any, args: tuple[Any, ...], buffer: _Buffer, row: _Totals, index: int) -> None:
-        assert self._clock is not None
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                if arg.get_device() != mark.device:  # -1 for a tensor on the CPU
-                    self._clock.give_back(mark)  # the events were on another device than the call
-                    return
-                break
-        self._clock.stop(mark, buffer.pending, row, index)
-
     # -- the report ----------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """What was recorded so far. Waits for the device, to read the time of calls that are still under way."""
         with self._lock:
-            buffers = list(self._buffers)
             running = self._entered > 0
             wall_ns = self._wall_ns + (time.perf_counter_ns() - self._since if running else 0)
+        timed = self._clock is None or self._clock.finish()
         seen = len(self.timeline)
-        timed = self._clock is None or self._clock.finish([b.pending for b in buffers])
+        with self._lock:
+            buffers = list(self._buffers)
         merged: dict[Any, list[_Totals]] = {}
         for buffer in buffers:
             for key, totals in list(buffer.rows.items()):
