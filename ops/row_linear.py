@@ -13,6 +13,7 @@ More rows than one are products for the tensor cores, where nothing is gained: t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from gemsmode.signature import Call, TensorMeta
 
 # -- references and fakes ----------------------------------------------------------------------------------------------
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 def _gated_linear(input: Any, gate: Any, up: Any, activation: str = "silu") -> Any:
@@ -154,8 +155,8 @@ def _common(call: Call, x: TensorMeta, features: int, at_once: int, *weights: Te
                    ("EVICT", strip.evict), ("STAGES", strip.stages), ("SUM", TRITON[total]))
 
 
-def _moved(*metas: TensorMeta | Alloc) -> int:
-    return sum([m.meta.numel * m.dtype.itemsize if m.__class__ is Alloc else m.numel * m.dtype.itemsize for m in metas])
+def _moved(*metas: TensorMeta) -> int:
+    return sum([m.numel * m.dtype.itemsize for m in metas])
 
 
 @planned("gemsmode.gated_linear.default", family="fused", kernel=gated_kernel, name="gated_linear", when=dtype(*FLOAT))
@@ -174,7 +175,7 @@ def plan_gated(call: Call) -> Plan:
     step = Launch(gated_kernel, (-(-n // dict(constants)["BLOCK_M"]), 1, 1),
                   (Out(0), Arg(0), Arg(1), Arg(2), n, k, x.stride[-1], gate.stride, up.stride),
                   Constants((*constants, ("ACTIVATION", functions[name]))), strip.warps)
-    return Plan((out,), (step,), Out(0), {Arg(0): x, Arg(1): gate, Arg(2): up}, bytes=_moved(x, gate, up, out), flops=4 * n * k)
+    return Plan((out,), (step,), Out(0), {Arg(0): x, Arg(1): gate, Arg(2): up}, bytes=_moved(x, gate, up, out.meta), flops=4 * n * k)
 
 
 @planned("gemsmode.qkv_linear.default", family="fused", kernel=qkv_kernel, name="qkv_linear", when=dtype(*FLOAT))
@@ -195,7 +196,7 @@ def plan_qkv(call: Call) -> Plan:
                   (tuple(map(Out, range(3))), Arg(0), tuple([Arg(1 + i) for i in range(3)]), added, sizes, k, x.stride[-1],
                    tuple([w.stride for w in weights])), Constants(constants), strip.warps)
     metas = {Arg(i): m for i, m in enumerate(call.args) if m is not None}
-    return Plan(outs, (step,), tuple(map(Out, range(3))), metas, bytes=_moved(*metas.values(), *outs), flops=2 * sum(sizes) * k)
+    return Plan(outs, (step,), tuple(map(Out, range(3))), metas, bytes=_moved(*metas.values(), *[out.meta for out in outs]), flops=2 * sum(sizes) * k)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
