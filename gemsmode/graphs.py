@@ -217,7 +217,7 @@ class Masks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and not torch.compiler.is_compiling():
             given = dict(zip(("query", "key", "value", "attn_mask"), args)) | kwargs
             mask = given.get("attn_mask")
             if len(args) <= 4 and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim >= 2:

@@ -2,10 +2,12 @@
 
     a [B, M, K], b [B, K, N], c [B, M, N] (broadcast by strides of 0), out [B, M, N]
 
-Three kernels here. :func:`gemm_kernel` computes tiles with ``tl.dot``, :func:`matvec_kernel` is for products with a
+Four kernels here. :func:`gemm_kernel` computes tiles with ``tl.dot``, :func:`matvec_kernel` is for products with a
 vector, where every element of the matrix is used once and bandwidth decides, and :func:`combine_kernel` adds up partial
 results: where there are too few tiles to fill the device K is split, each part is written in float32 (float64), and the
-parts are added in a fixed order, so that results are the same from run to run. Transposed operands are read in place.
+parts are added in a fixed order, so that results are the same from run to run. Transposed operands are read in place, but that
+tensor cores read the right operand of a float32 product along K only: operands are exchanged if that is how the left one lies,
+and if neither does, :func:`turn_kernel` turns one around first.
 Large products of 16-bit floats take the kernels of :mod:`gemsmode.ops.persistent` on GPUs that have what those need.
 
 Sums are accumulated in float32 (float64 for float64) and rounded once, after alpha, beta and the bias. float32 products
@@ -212,6 +214,21 @@ def combine_kernel(p_out, p_parts, c, scale, m, n, count, parts, s_c, ACC: tl.co
     tl.store(p_out + o, b_sum.to(p_out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def turn_kernel(p_out, p_in, rows, columns, s_batch, s_row, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Matrices [rows, columns], contiguous along columns, as [columns, rows]. Grid: (blocks of columns, blocks of rows, batch)."""
+    i_batch = tl.program_id(2).to(tl.int64)
+    o_row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+    if WIDE:
+        o_row = o_row.to(tl.int64)
+        o_column = o_column.to(tl.int64)
+    block = tl.load(p_in + i_batch * s_batch + o_row[:, None] * s_row + o_column[None, :], mask=mask)  # [BLOCK, BLOCK]
+    p_outs = p_out + i_batch * rows * columns + o_column[:, None] * rows + o_row[None, :]
+    tl.store(p_outs, tl.trans(block), mask=tl.trans(mask))
+
+
 # -- launch choice -----------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +250,9 @@ class Tile:
     def count(self) -> int:
         return self.m * self.n
 
+
+TURNED = 256
+"""With so many rows and columns a float32 product of operands neither of which lies along K is worth turning one of them around."""
 
 FEW_ROWS = 64
 """Up to this many rows (or columns, by transposing) the ladder for few rows is used."""
@@ -270,6 +290,9 @@ LARGE: dict[str, tuple[Tile, ...]] = {
 On an H200 2048x2048x2048 in float32 takes 225 us (cuBLAS 350), 1024x1024x1024 32 (58), 16x4096x4096 29 (49); blocks of 64 of K
 have an error of 1.3 of cuBLAS's at 256x256x256, those of 32 of 0.9.
 """
+
+TURN = 64
+"""Rows and columns of a block that is turned around."""
 
 GROUP = 8
 """Rows of tiles that go together through the columns of b."""
@@ -384,7 +407,7 @@ def choose_strip(m: int, k: int, batch: int, rows_adjacent: bool, itemsize: int,
 class Matrix(NamedTuple):
     """An operand as the kernels see it: where it comes from, its metadata, and its three strides."""
 
-    ref: Arg
+    ref: Arg | Out
     meta: TensorMeta
     batch: int
     row: int
@@ -480,6 +503,7 @@ def plan_product(call: Call, product: Product) -> Plan:
     if tiled is not None:
         return tiled
     at_once = persistent.unchanged if product.summed else product.activation
+    turning: Matrix | None = None
     # One row (column) is a vector; a few columns are the few rows of the transposed product.
     if m == 1 or n == 1:
         rows, matrix, vector = (m, a, (b.batch, b.row)) if n == 1 else (n, b.transposed, (a.batch, a.column))
@@ -495,8 +519,14 @@ def plan_product(call: Call, product: Product) -> Plan:
         swapped = n < m and n <= FEW_ROWS
         if kind == "tf32x3" and min(m, n) > FEW_ROWS:
             swapped = a.column == 1 and b.row != 1  # tensor cores read the right operand along K
+        across = kind == "tf32x3" and a.column != 1 and b.row != 1 and min(m, n) >= TURNED and batch < 2**16
+        if across:
+            swapped = m < n  # so that the smaller one is turned around
         left, right = (b.transposed, a.transposed) if swapped else (a, b)
         rows, columns = (n, m) if swapped else (m, n)
+        if across:
+            turning = right
+            right = Matrix(Out(1), right.meta, k * columns, 1, k)
         tile, k_blocks = choose_tile(rows, columns, k, batch, kind, a.meta.dtype.itemsize, call.target)
         parts = max(-(-k // (k_blocks * tile.k)), 1)
         grid = (_tiles(tile, rows, columns) * batch, parts, 1)
@@ -508,8 +538,17 @@ def plan_product(call: Call, product: Product) -> Plan:
     if grid[0] >= 2**31:
         raise Decline(f"{grid[0]} tiles: more than a grid can have")
     split = parts > 1 or product.summed
-    allocs = (out, Alloc((parts * batch * m * n,), (1,), accumulated)) if split else (out,)
-    target = Out(1) if split else Out(0)
+    allocs: tuple[Alloc, ...] = (out,)
+    launches: tuple[Launch, ...] = ()
+    if turning is not None:
+        allocs += (Alloc((batch, columns, k), contiguous_strides((batch, columns, k)), dtype),)
+        args_of_turn = (Out(1), turning.ref, k, columns, Size(turning.batch), turning.row)
+        launches += (Launch(turn_kernel, (-(-columns // TURN), -(-k // TURN), batch), args_of_turn,
+                            Constants((("WIDE", wide), ("BLOCK", TURN)))),)
+    target = Out(0)
+    if split:
+        target = Out(len(allocs))
+        allocs += (Alloc((parts * batch * m * n,), (1,), accumulated),)
     p_c: tuple[Any, ...] = () if c is None or split else (c.ref,)
     scale = () if split else product.scale
     s_batch, s_part = m * n, batch * m * n
@@ -524,9 +563,10 @@ def plan_product(call: Call, product: Product) -> Plan:
         s_c = (c_column, c_row) if swapped else (c_row, c_column)
         args = (target, left.ref, right.ref, p_c, scale, rows, columns, k, Size(k_blocks), (s_batch, s_row, s_column, s_part),
                 (left.batch, left.row, left.column), (right.batch, right.row, right.column), (c_batch, *s_c))
-    launches = (Launch(kernel, grid, args, constants, warps, stages),) if grid[0] else ()
+    if grid[0]:
+        launches += (Launch(kernel, grid, args, constants, warps, stages),)
     if split:
-        launches += (_combine(call.target, product, count, parts * batch if product.summed else parts, accumulated),)
+        launches += (_combine(call.target, product, target, count, parts * batch if product.summed else parts, accumulated),)
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k)
 
 
@@ -581,14 +621,14 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k, aligned=True)
 
 
-def _combine(target: Target, product: Product, count: int, parts: int, acc: torch.dtype) -> Launch:
+def _combine(target: Target, product: Product, partial: Out, count: int, parts: int, acc: torch.dtype) -> Launch:
     _, m, n, _ = product.sizes
     c = product.c
     # Few results of many parts (a long dot product) are loaded all at once: a loop over them would wait for each load.
     block_parts = min(power_of_2(parts), max(16, MOST_STRIPS // power_of_2(count)))
     block = min(power_of_2(count), 4096 if target.interpreted else max(2048 // block_parts, 1))
     return Launch(combine_kernel, (-(-count // block), 1, 1),
-                  (Out(0), Out(1), () if c is None else (c.ref,), product.scale, Size(m), Size(n), count, Size(parts),
+                  (Out(0), partial, () if c is None else (c.ref,), product.scale, Size(m), Size(n), count, Size(parts),
                    (Size(0), Size(0), Size(0)) if c is None else (Size(c.batch), Size(c.row), Size(c.column))),
                   _constants(product.activation, ACC=acc, BLOCK_PARTS=block_parts, BLOCK=block))
 

@@ -196,7 +196,8 @@ def plan_qkv(call: Call) -> Plan:
                   (tuple(map(Out, range(3))), Arg(0), tuple([Arg(1 + i) for i in range(3)]), added, sizes, k, x.stride[-1],
                    tuple([w.stride for w in weights])), Constants(constants), strip.warps)
     metas = {Arg(i): m for i, m in enumerate(call.args) if m is not None}
-    return Plan(outs, (step,), tuple(map(Out, range(3))), metas, bytes=_moved(*metas.values(), *[out.meta for out in outs]), flops=2 * sum(sizes) * k)
+    return Plan(outs, (step,), tuple(map(Out, range(3))), metas, bytes=_moved(*metas.values(), *[out.meta for out in outs]),
+                flops=2 * sum(sizes) * k)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

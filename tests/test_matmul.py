@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 import gemsmode
-from gemsmode import GemsMode, explain
-from gemsmode.signature import TensorMeta
+from gemsmode import GemsMode, explain, registry
+from gemsmode.handlers import Policy
+from gemsmode.signature import TensorMeta, describe
 
 aten = torch.ops.aten
 PRODUCTS = frozenset(["mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr", "linear", "mul"])
@@ -409,7 +410,8 @@ def test_every_class_of_launch_compiles_without_spills(target: str, request: pyt
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.strip().splitlines()[-1])
     persistent = {"tile_kernel", "finish_kernel"} if target in ("cuda:90", "cuda:100") else set()
-    assert len(rows) >= 20 and {r[2] for r in rows} == {"gemm_kernel", "matvec_kernel", "combine_kernel"} | persistent
+    turning = {"turn_kernel"} if target == "cuda:90" else set()
+    assert len(rows) >= 20 and {r[2] for r in rows} == {"gemm_kernel", "matvec_kernel", "combine_kernel"} | persistent | turning
     spilling = [r for r in rows if r[5]]
     assert not spilling, "spills"
     limit = {"cuda:90": 227, "cuda:80": 163, "cuda:100": 227, "hip:gfx942": 64}[target] * 1024
@@ -461,6 +463,28 @@ def test_float32_follows_the_allowed_precision(monkeypatch: pytest.MonkeyPatch) 
             torch.set_float32_matmul_precision("highest")
         precisions[setting] = dict(plan.launches[0].constants)["PRECISION"]
     assert precisions == {"highest": "tf32x3", "high": "tf32"}
+
+
+@pytest.mark.parametrize("layout", ["nn", "nt", "tn", "tt"])
+def test_operands_are_exchanged_and_turned_around(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where float32 products are made on tensor cores, which read the right operand along K."""
+    from gemsmode.ops import matmul
+
+    monkeypatch.setattr(matmul, "_kind", lambda dtype, target: "tf32x3")
+    monkeypatch.setattr(matmul, "TURNED", 65)
+    policy = Policy(registry.default)  # decides anew, by the settings of this test
+    for batch, m, n, k in (((), 80, 100, 64), ((), 100, 80, 2048), ((3,), 72, 96, 32), ((), 66, 68, 160)):
+        a = normal(*batch, m, k) if layout[0] == "n" else normal(*batch, k, m).mT
+        b = normal(*batch, k, n, seed=1) if layout[1] == "n" else normal(*batch, n, k, seed=1).mT
+        c = normal(n, seed=2)
+        op = aten.baddbmm.default if batch else aten.addmm.default
+        args, handler = (c, a, b, 0.5, 2.0), policy.handler(op)
+        metas = tuple(describe(x) for x in args)
+        decided, plan = handler.decide(metas), handler.decide(metas, bind=False).plan
+        turned = layout == "tn" and (m % 4, n % 4) == (0, 0)
+        assert plan is not None and (plan.launches[0].kernel is matmul.turn_kernel) == turned
+        expected = 0.5 * c.double() + 2 * (a.double() @ b.double())
+        torch.testing.assert_close(decided.run(*args).double(), expected, rtol=1e-5, atol=1e-3)
 
 
 @triton.jit
