@@ -19,6 +19,7 @@ from torch._C import _dispatch_keys, _pop_torch_dispatch_stack, _push_on_torch_d
 from torch._ops import OpOverload
 
 from gemsmode import plan as plans_module
+from gemsmode import sizes
 from gemsmode.errors import RuleFailedError
 from gemsmode.native import REFERENCES, communicates, computes, is_composite, key_of_parts, native, native_in_order, numbers_of_host
 from gemsmode.plan import Arg, At, Decline, Disjoint, Into, Num, Out, Plan
@@ -70,17 +71,57 @@ class Decision(NamedTuple):
     choice: Choice | None = None
 
 
+Finish = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 class Decided:
     """A decision with the function that carries it out on the op's arguments, given in order."""
 
-    __slots__ = ("decision", "plan", "provisional", "run")
+    __slots__ = ("decision", "finish", "plan", "provisional", "run")
 
-    def __init__(self, decision: Decision, run: Callable[..., Any], plan: Plan | None = None) -> None:
+    def __init__(self, decision: Decision, run: Callable[..., Any], plan: Plan | None = None, finish: Finish | None = None) -> None:
         self.decision, self.run = decision, run
         self.provisional = False
         """Whether the next call of the signature is to decide again (it could not be timed now)."""
         self.plan = plan
         """Kept only where it was not bound: a thousand plans would slow every garbage collection down."""
+        self.finish = finish
+        """Beside a plan that was not bound: what else than running it there is to do."""
+
+
+class Way(NamedTuple):
+    """How calls that differ only in sizes from one that was decided are served, where the same follows from their sizes.
+
+    Attributes:
+        numbers: from a call's key to ``bytes`` and ``flops`` of the decision and the values of its plan; None where it does not.
+        decision: what is the same for all of them.
+        bind: from the values to the function that runs the call.
+        finish: what else there is to do.
+    """
+
+    numbers: Callable[[tuple], tuple[Any, Any, list[Any]] | None]
+    decision: Decision
+    bind: Callable[[list[Any]], Callable[..., Any]]
+    finish: Finish | None
+
+
+class Kind:
+    """Calls that differ only in sizes, and the ways found to serve some of them.
+
+    Attributes:
+        ways: in the order in which they are tried.
+        decided: calls decided in full since a way was looked for.
+        sought: how often one was.
+    """
+
+    __slots__ = ("decided", "sought", "ways")
+
+    FEW = 8  # decisions in full before a way is looked for, which costs as much as 20 of them
+    MOST = 8  # times that one is looked for
+
+    def __init__(self) -> None:
+        self.ways: list[Way] = []
+        self.decided = self.sought = 0
 
 
 # -- plans of variants -------------------------------------------------------------------------------------------------
@@ -209,6 +250,7 @@ class OpHandler:
         self.op, self.policy = op, policy
         self.decided: dict[tuple, Decided] = {}
         self._plans: dict[tuple, Callable[..., Any]] = {}
+        self._kinds: dict[tuple, Kind] = {}
         # Where decisions are timed they are made one at a time: two would measure, or wait for, each other.
         self._lock = threading.RLock() if policy.chooser is None else policy.chooser.lock
         self.computes = computes(op)
@@ -222,6 +264,9 @@ class OpHandler:
                 self._candidates.append((candidate, condition, Considered(candidate.rule.name, candidate.rule.where, "")))
             else:
                 self._refused.append(Considered(candidate.rule.name, candidate.rule.where, reason))
+        # Not where decisions are timed or nothing is assembled, nor through a user's own conditions, which may look at anything.
+        self._traces = policy.chooser is None and not policy.target.interpreted and all(
+            condition is None and candidate.rule.is_planned for candidate, condition, _ in self._candidates)
         self.composite = is_composite(op)
         self.functions = None
         self.keyed_by: tuple[frozenset[str], tuple[Callable[[], Any], ...], bool] = frozenset(), (), False
@@ -299,8 +344,7 @@ class OpHandler:
         """What to run for a call whose key was not found (None: could not be built)."""
         if key is None:
             return self.lookup(args).run
-        found = self.decided.get(key)
-        return (found if found is not None and not found.provisional else self._decide(key, args)).run
+        return self._decide(key, args).run
 
     def _decide(self, key: tuple, args: tuple[Any, ...]) -> Decided:
         with self._lock:
@@ -309,7 +353,7 @@ class OpHandler:
                 return self._passing(exotic)
             decided = self.decided.get(key)
             if decided is None:
-                decided = self.decide(tuple([describe(a) for a in args]))
+                decided = self._decide_new(key, args)
             elif not decided.provisional:
                 return decided  # another thread's, in the meantime
             if self.policy.chooser is not None and decided.decision.kind == "rule":
@@ -328,8 +372,67 @@ class OpHandler:
                       f"rule {d.rule}" if d.kind == "rule" else f"{d.kind}: {d.reason}")
         return decided
 
-    def decide(self, args: tuple[Any, ...], bind: bool = True) -> Decided:
-        """Decide for a call described by metadata; ``bind=False`` makes the plan and does not compile it."""
+    def _decide_new(self, key: tuple, args: tuple[Any, ...]) -> Decided:
+        """Decide for a signature that was not met before, the short way if only its sizes are new."""
+        assert self.functions is not None
+        name = self.functions.kind(key)
+        kind = self._kinds.get(name)
+        if kind is None:
+            if len(self._kinds) >= MAX_PLANS:
+                self._kinds.pop(next(iter(self._kinds)))
+            kind = self._kinds[name] = Kind()
+        ways = kind.ways
+        for i, (numbers, decision, bind, finish) in enumerate(ways):
+            found = numbers(key)
+            if found is not None:
+                if i:
+                    ways.insert(0, ways.pop(i))
+                moved, flops, values = found
+                run = bind(values)
+                return Decided(Decision(*decision[:4], moved, flops), finish(run) if finish else run)
+        described = tuple([describe(a) for a in args])
+        decided = self.decide(described)
+        if self._traces and decided.decision.kind == "rule" and kind.sought < kind.MOST:
+            kind.decided += 1
+            if kind.decided >= kind.FEW:
+                kind.decided, kind.sought = 0, kind.sought + 1
+                if (way := self._way(key, described)) is not None:
+                    ways.insert(0, way)
+        return decided
+
+    def _way(self, key: tuple, args: tuple[Any, ...]) -> Way | None:
+        """How calls that differ only in sizes from the described ``args``, which a rule serves, are served; None if it cannot be said."""
+        target, device = self.policy.target, self._device(args)[0]
+        tape = sizes.Tape(key)
+        try:
+            traced = self.decide(tape.described(args), bind=False, falls_back=False)
+            decided = self.decide(args, bind=False, falls_back=False)
+            if traced.plan is None or decided.plan is None or traced.plan.then is not None:
+                return None
+            finish = traced.finish
+            if finish is not None and getattr(finish, "func", None) != self._copying:
+                return None
+            structure, values = plans_module.structure(traced.plan, target, len(args), device)
+            numbers = tape.function((*traced.decision[4:6], values))
+            # What was traced must agree with what is decided without.
+            same, expected = plans_module.structure(decided.plan, target, len(args), device)
+            if structure != same or traced.decision[:4] != decided.decision[:4] or numbers(key) != (*decided.decision[4:6], expected):
+                return None
+            bind = plans_module.binder(structure, self._plan_of, target, self._refuse, device)
+        except (sizes.Untraceable, Exception):
+            return None
+        return None if bind is None else Way(numbers, decided.decision, bind, finish)
+
+    def _plan_of(self, args: tuple[Any, ...]) -> Plan:
+        plan = self.decide(tuple([describe(a) for a in args]), bind=False).plan
+        assert plan is not None
+        return plan
+
+    def decide(self, args: tuple[Any, ...], bind: bool = True, falls_back: bool = True) -> Decided:
+        """Decide for a call described by metadata; ``bind=False`` makes the plan and does not compile it.
+
+        ``falls_back=False`` lets an error of a rule's through.
+        """
         if self.fixed is not None:
             return self.fixed
         device, reason = self._device(args)
@@ -346,6 +449,8 @@ class OpHandler:
             except Decline as refusal:
                 considered.append(Considered(rule.name, rule.where, str(refusal)))
             except Exception as error:
+                if not falls_back:
+                    raise
                 return self._fall_back(rule.name, error, considered)
         reasons = dict.fromkeys(c.reason for c in considered)
         return self._passing("; ".join(reasons), considered)
@@ -414,18 +519,18 @@ class OpHandler:
         if target.device_type != "cpu" and any([m.device.type == "cpu" for m in plan.metas.values()]):
             raise Decline("a CPU scalar tensor among the arguments")
         decision = Decision("rule", rule.name, None, considered, plan.bytes, plan.flops)
-        finish: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+        finish: Finish | None = None
         if variant is not None:
             plan, finish = self._as_variant(plan, candidate, call, args)
         if not bind:
-            return Decided(decision, native_in_order(self.op), plan)
+            return Decided(decision, native_in_order(self.op), plan, finish)
         run = plans_module.bind(plan, target, len(args), self._refuse, device)
         return Decided(decision, finish(run) if finish else run)
 
     # -- variants ------------------------------------------------------------------------------------------------------
 
     def _as_variant(self, plan: Plan, candidate: Candidate, call: Call, args: tuple[Any, ...]
-                    ) -> tuple[Plan, Callable[[Callable[..., Any]], Callable[..., Any]] | None]:
+                    ) -> tuple[Plan, Finish | None]:
         rule, variant = candidate.rule, candidate.variant
         assert variant is not None
         if plan.then is not None:

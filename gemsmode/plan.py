@@ -17,6 +17,7 @@ import torch
 from gemsmode import launch
 from gemsmode.launch import POINTER, Spec, integer_type
 from gemsmode.signature import TensorMeta
+from gemsmode.sizes import Traced, TracedSize
 from gemsmode.target import Target
 
 log = logging.getLogger("gemsmode")
@@ -67,6 +68,9 @@ class Size(int):
     """An integer known to the plan that must not split kernels into classes (a batch stride, a length that grows)."""
 
     __slots__ = ()
+
+    def __new__(cls, value: Any) -> Any:
+        return value.as_size() if value.__class__ is Traced else int.__new__(cls, value)
 
     @property
     def value(self) -> int:
@@ -291,6 +295,19 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         run = _bind_generic(plan, target.device_type, empty, native, [functools.partial(launch.interpreted_launch, s, step.grid)
                                                    for s, step in zip(specs(plan), plan.launches)])
         return _bind_checked(plan, run, native) if plan.aligned else run
+    key, values = structure(plan, target, arity, device)
+    ready = _ready.get(key)
+    if ready is None:
+        ready = _ready[key] = _make_ready(plan, target, arity, device, empty)
+    factory, fixed, _, _ = ready
+    public = _Public(plan, target, device, empty, native)
+    if factory is None:
+        return _bind_checked(plan, functools.partial(public, True), native if plan.aligned else functools.partial(public, False))
+    return factory(public, native, *launch.hook_lists(), *fixed, *values)
+
+
+def structure(plan: Plan, target: Target, arity: int, device: int) -> tuple[tuple[Any, ...], list[Any]]:
+    """All of ``plan`` that kernels and the assembled function depend on, and the values that the function is closed over."""
     returned: list[Any] = []
     flat: list[Any] = [arity, device, id(target), plan.aligned, _poisoned, _walk_returns(plan.returns, returned)]
     values: list[Any] = []
@@ -308,15 +325,20 @@ def bind(plan: Plan, target: Target, arity: int, native: Callable[..., Any], dev
         values += grid
         _walk(plan, args, flat, values)
     values += returned
-    key = tuple(flat)
-    ready = _ready.get(key)
-    if ready is None:
-        ready = _ready[key] = _make_ready(plan, target, arity, device, empty)
-    factory, fixed, _, _ = ready
-    public = _Public(plan, target, device, empty, native)
+    return tuple(flat), values
+
+
+def binder(key: tuple[Any, ...], plan_of: Callable[[tuple[Any, ...]], Plan], target: Target, native: Callable[..., Any],
+           device: int) -> Callable[[list[Any]], Callable[..., Any]] | None:
+    """:func:`bind` for plans of one :func:`structure`, ``key``, from their values alone; None if nothing was assembled for it.
+
+    ``plan_of`` makes the plan from a call's arguments, for calls that take the public way.
+    """
+    factory, fixed, _, _ = _ready[key]
     if factory is None:
-        return _bind_checked(plan, functools.partial(public, True), native if plan.aligned else functools.partial(public, False))
-    return factory(public, native, *launch.hook_lists(), *fixed, *values)
+        return None
+    empty = fixed[0]
+    return lambda values: factory(_Public(plan_of, target, device, empty, native), native, *launch.hook_lists(), *fixed, *values)
 
 
 _MAX_SECOND_STAGES = 32
@@ -359,11 +381,11 @@ def _walk(plan: Plan, args: tuple[Any, ...], flat: list[Any], values: list[Any])
     """Append to ``flat`` what of the arguments kernels and text depend on, and to ``values`` what each plan differs in."""
     for value in args:
         cls = value.__class__
-        if cls is int:
+        if cls is int or cls is Traced:
             # The classes of `integer_type`, in short.
             flat.append(("1" if value == 1 else value & 15 == 0) if -0x80000000 <= value < 0x80000000 else integer_type(value))
             values.append(value)
-        elif cls is Size:
+        elif cls is Size or cls is TracedSize:
             flat.append("n" if -0x80000000 <= value < 0x80000000 else "N")
             values.append(value.real)
         elif cls is tuple:
@@ -385,7 +407,7 @@ def _walk(plan: Plan, args: tuple[Any, ...], flat: list[Any], values: list[Any])
 def _walk_returns(returns: Any, values: list[Any]) -> Any:
     """What of the results the text depends on; the integers among them go to ``values``."""
     cls = returns.__class__
-    if cls is Size:
+    if cls is Size or cls is TracedSize:
         values.append(returns.value)
         return "n"
     if cls is list:
@@ -439,7 +461,8 @@ class _Public:
             self._made = {}
         run = self._made.get(aligned)
         if run is None:
-            run = self._made[aligned] = _bind_public(*self._given, aligned=aligned)
+            plan, *rest = self._given
+            run = self._made[aligned] = _bind_public(plan if plan.__class__ is Plan else plan(args), *rest, aligned=aligned)
         return run(*args)
 
 

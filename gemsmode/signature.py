@@ -203,12 +203,22 @@ _KEY_BY_TYPE = {
     "List[float]": "tuple([s.__class__ for s in {n}])",
     "Generator": "({n} is None)",
 }
+_KIND_BY_TYPE = {
+    "Tensor": "(({n}[0], len({n}[1]), {n}[3]) if {n}.__class__ is tuple else {n})",
+    "List[Tensor]": "tuple([(t[0], len(t[1]), t[3]) for t in {n}])",
+    "List[Optional[Tensor]]": "tuple([None if t is None else (t[0], len(t[1]), t[3]) for t in {n}])",
+}
+"""What is left of the part ``{n}`` of a key without sizes and strides."""
 _BY_VALUE = {"int", "bool", "str", "Device", "ScalarType", "Layout", "MemoryFormat", "SymInt"}
 _LISTS_BY_VALUE = {"List[int]", "List[bool]", "List[SymInt]"}
 
 
+def _plain_type(parameter: Parameter) -> str:
+    return parameter.type.removeprefix("Optional[").removesuffix("]") if parameter.type.startswith("Optional[") else parameter.type
+
+
 def _key_expression(parameter: Parameter, name: str, by_value: frozenset[str], first: bool) -> str | None:
-    kind = parameter.type.removeprefix("Optional[").removesuffix("]") if parameter.type.startswith("Optional[") else parameter.type
+    kind = _plain_type(parameter)
     optional = kind != parameter.type
     if parameter.is_number and parameter.name in by_value:
         return f"({name}.__class__, {name})"
@@ -231,10 +241,12 @@ class Unkeyable(Exception):
 class SignatureFunctions(NamedTuple):
     """Functions made for one op; ``key``, ``call`` and ``bind`` take the op's arguments as its schema states them.
 
+    ``kind`` takes a key and leaves out the sizes and strides of tensors, but not how many they are.
     ``forget`` must be called when an entry of ``plans`` is replaced: ``call`` keeps the signatures met most at hand.
     """
 
     key: Callable[..., tuple]
+    kind: Callable[[tuple], tuple]
     call: Callable[..., Any]
     bind: Callable[..., tuple]
     forget: Callable[[], None]
@@ -342,7 +354,9 @@ def make_functions(op: OpOverload, plans: dict[tuple, Callable[..., Any]], miss:
     Raises:
         Unkeyable: an argument's type cannot be part of a key.
     """
-    declared, names, keys = [], [], []
+    declared, names = [], []
+    keys: list[str] = []
+    kinds: dict[int, str] = {}
     conditions: list[str | None] = []
     scope: dict[str, Any] = {"NUMBERS": NUMBERS, "plans": plans, "miss": miss, "failed": failed}
     star = False
@@ -361,6 +375,8 @@ def make_functions(op: OpOverload, plans: dict[tuple, Callable[..., Any]], miss:
         expression = _key_expression(parameter, name, by_value, first)
         if expression is None:
             raise Unkeyable(f"argument {parameter.name!r} of {op} has type {parameter.type}")
+        if (kind := _KIND_BY_TYPE.get(_plain_type(parameter))) is not None:
+            kinds[len(keys)] = kind
         keys.append(expression)
         conditions.append(None if parameter.is_tensor else expression)
         if tensor_bits and parameter.type == "Tensor":
@@ -371,6 +387,8 @@ def make_functions(op: OpOverload, plans: dict[tuple, Callable[..., Any]], miss:
         scope[f"state_{i}"] = function
         keys.append(f"state_{i}()")
     arguments, key, given = ", ".join(declared), "(" + ", ".join(keys) + ",)", ", ".join(names)
+    parts = [f"k{i}" for i in range(len(keys))]
+    kind = "".join([kinds.get(i, "{n}").format(n=part) + ", " for i, part in enumerate(parts)])
     at_hand = _AtHand(op, names, conditions, dict(scope), [f"state_{i}()" for i in range(len(state))])
     scope |= {"slots": at_hand.slots, "notice": at_hand.notice, "count": itertools.count(1).__next__}
     # Sparse, nested and other exotic tensors raise while their key is built: `miss` sorts them out.
@@ -397,6 +415,10 @@ if not match({given}):
 def key({arguments}):
     return {key}
 
+def kind(key):
+    {', '.join(parts)}, = key
+    return ({kind})
+
 def bind({arguments}):
     return ({given},)
 
@@ -408,7 +430,7 @@ def call({arguments}):
         return failed(error, run, ({given},))
 """
     exec(compile(source, f"<gemsmode signature of {op}>", "exec"), scope)
-    return SignatureFunctions(scope["key"], scope["call"], scope["bind"], at_hand.forget)
+    return SignatureFunctions(scope["key"], scope["kind"], scope["call"], scope["bind"], at_hand.forget)
 
 
 # -- variants ----------------------------------------------------------------------------------------------------------
