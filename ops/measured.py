@@ -51,8 +51,8 @@ def _float_attention(*, backward: bool, itemsize: int, m: int, **_: Any) -> bool
     return itemsize == 4 and (backward or m > 16)
 
 
-def _ieee_product(*, kind: str, m: int, n: int, k: int, **_: Any) -> bool:
-    return kind == "ieee" and (min(m, n, k) >= 256 or (min(m, n) > 1 and k >= 512))
+def _ieee_product(*, kind: str, m: int, n: int, **_: Any) -> bool:
+    return kind == "ieee" and min(m, n) > 1
 
 
 def _few_float_rows(*, kind: str, m: int, n: int, k: int, **_: Any) -> bool:
@@ -64,7 +64,7 @@ def _some_float_rows(*, kind: str, m: int, n: int, k: int, batch: int, **_: Any)
 
 
 def _floats_across(*, kind: str, m: int, n: int, k: int, across: bool, **_: Any) -> bool:
-    return kind == "tf32x3" and across and 64 < min(m, n) < 256 and m * n * k >= 2**26
+    return kind == "tf32x3" and across and min(m, n) > 64 and ((min(m, n) < 256 and m * n * k >= 2**26) or k >= 8192)
 
 
 def _tf32_product(*, kind: str, **_: Any) -> bool:
@@ -121,13 +121,14 @@ def _long_search(*, boundaries: int, **_: Any) -> bool:
 
 SLOWER: tuple[Slower, ...] = (
     Slower("product", 90, "float32 products over a length, or of rows, that are no multiples of 32 elements, or of 16 bytes", _ieee_product,
-           "on an H200 0.14x at 129x65x2047, and 0.82x at 2048x2048x2048 with the kernel that is left for them"),
+           "on an H200 0.14x at 129x65x2047, 0.53x at 100x100x100, 1.05x at 127x129x127, and 0.82x at 2048x2048x2048 with that kernel"),
     Slower("product", 90, "float32 products of 2 to 15 rows over 512 elements or more", _few_float_rows,
            "on an H200 0.92x at 4x4096x4096, and PyTorch's rounding errors are smaller; at 9x4096x4096 by 1.7"),
     Slower("product", 90, "float32 products of 33 to 64 rows with too few columns for every multiprocessor", _some_float_rows,
            "on an H200 0.68x to 1.04x at 64x4096x4096"),
-    Slower("product", 90, "float32 products of up to 255 rows with neither operand contiguous along the length that is summed over",
-           _floats_across, "0.57x at 1376x512x2048 on an H200; with more rows one is turned around first"),
+    Slower("product", 90, "float32 products of few rows, or over 8192 elements or more, with neither operand contiguous along that length",
+           _floats_across, "on an H200 0.86x at 768x3072x16384 and 0.70x at 256x256x8192; elsewhere one is turned around first, which takes "
+           "at least 256 rows"),
     Slower("product", 90, "float32 products with TF32", _tf32_product,
            "operands rounded to nearest cost 0.16x to 0.40x at 4096x4096x4096 on an H200, 0.59x at 512x512x512, 0.94x at 16x2048x2048"),
     Slower("product", 90, "large 16-bit products over 512 to 1024 elements", _short_addmm,

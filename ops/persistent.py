@@ -205,7 +205,7 @@ PAIRED = Shape(128, 128, 64, 2, 4, 3, 2)
 SHAPES: tuple[tuple[int, tuple[Shape, ...]], ...] = (
     (128, (Shape(64, 256, 64, 2, 4, 2, 2), Shape(128, 128, 64, 1, 4, 2, 2))),  # writing takes longer than multiplying
     (1024, (PAIRED,)),
-    (2**31, (LARGE, PAIRED)),
+    (2**63, (LARGE, PAIRED)),
 )
 """(Longest K, shapes): of the first row that K fits, the first shape that gives every multiprocessor its programs is taken.
 
