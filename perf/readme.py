@@ -21,6 +21,7 @@ SHOWN = {
     "transpose_copy 4x2048x32x128 bf16": "transposed copy 4x2048x32x128 bf16",
     "embedding_backward 8192x32000x4096 bf16": "embedding backward, 8192 tokens x 32000x4096 bf16",
     "mm 8192x8192x8192 bf16": "matrix product 8192x8192x8192 bf16",
+    "mm 2048x2048x2048 f32": "matrix product 2048x2048x2048 f32, without TF32",
     "attention_causal 4x32x4096x128 bf16": "causal attention 4x32x4096x128 bf16",
     "adamw 7x4096x11008x32000 bf16": "AdamW step, parameters of a 7-layer Llama",
     "tiny_add 64x64 bf16": "host time of a call, `add` 64x64 bf16",

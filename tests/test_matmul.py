@@ -675,8 +675,8 @@ def test_what_was_measured_to_be_slower_is_left_to_pytorch_there(monkeypatch: py
         return ""
 
     monkeypatch.delenv("GEMSMODE_SLOWER")
-    for size, rows, reason in ((2048, 4, "0.92x at 4x4096x4096"), (2047, None, "no multiples"), (2048, 50, "33 to 64 rows"),
-                               (127, None, "no multiples")):
+    for size, rows, reason in ((2048, 4, "0.92x at 4x4096x4096"), (2047, None, "no multiple of 16 bytes"), (2048, 50, "33 to 64 rows"),
+                               (127, None, "no multiple of 16 bytes")):
         assert reason in mm(90, torch.float32, size, rows)
     for arch, size, rows in ((90, 2048, None), (90, 2048, 16), (90, 2048, 1), (90, 127, 1), (80, 2047, None), (0, 2047, None)):
         assert not mm(arch, torch.float32, size, rows)
