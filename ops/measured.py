@@ -121,7 +121,7 @@ def _long_search(*, boundaries: int, **_: Any) -> bool:
 
 SLOWER: tuple[Slower, ...] = (
     Slower("product", 90, "float32 products over no multiple of 32 elements, or of rows of no multiple of 16 bytes", _ieee_product,
-           "on an H200 0.14x at 129x65x2047, 0.53x at 100x100x100, 1.05x at 127x129x127, and 0.82x at 2048x2048x2048 with that kernel"),
+           "on an H200 0.14x at 129x65x2047, 0.53x at 100x100x100, 1.05x at 127x129x127, 0.82x at 2048x2048x2048 with that kernel"),
     Slower("product", 90, "float32 products of 2 to 15 rows over 512 elements or more", _few_float_rows,
            "on an H200 0.92x at 4x4096x4096, and PyTorch's rounding errors are smaller; at 9x4096x4096 by 1.7"),
     Slower("product", 90, "float32 products of 33 to 64 rows with too few columns for every multiprocessor", _some_float_rows,
