@@ -127,8 +127,8 @@ SLOWER: tuple[Slower, ...] = (
     Slower("product", 90, "float32 products of 33 to 64 rows with too few columns for every multiprocessor", _some_float_rows,
            "on an H200 0.68x to 1.04x at 64x4096x4096"),
     Slower("product", 90, "float32 products of few rows, or over 8192 elements or more, with neither operand contiguous along that length",
-           _floats_across, "on an H200 0.86x at 768x3072x16384 and 0.70x at 256x256x8192; elsewhere one is turned around first, which takes "
-           "at least 256 rows"),
+           _floats_across, "on an H200 0.86x at 768x3072x16384 and 0.70x at 256x256x8192; elsewhere one is turned around first, which "
+           "takes at least 256 rows"),
     Slower("product", 90, "float32 products with TF32", _tf32_product,
            "operands rounded to nearest cost 0.16x to 0.40x at 4096x4096x4096 on an H200, 0.59x at 512x512x512, 0.94x at 16x2048x2048"),
     Slower("product", 90, "large 16-bit products over 512 to 1024 elements", _short_addmm,
