@@ -165,10 +165,16 @@ PATCH_TILES = {
 patches and of results take registers: tiles of 128x128 (or of 128x64 with four warps) spill."""
 
 
-def choose_patch_tile(patches: int, channels: int, kind: str, target: Target) -> PatchTile:
+WIDE_PATCH_TILE = PatchTile(64, 64, 32, 8, 3)
+"""For float32 with offsets of 64 bits, which take registers beside the split operands."""
+
+
+def choose_patch_tile(patches: int, channels: int, kind: str, wide: bool, target: Target) -> PatchTile:
     """The largest tile that still gives every multiprocessor one."""
     if target.interpreted:
         return PatchTile(max(16, min(power_of_2(patches), 512)), max(16, min(power_of_2(channels), 256)), 64, 4, 2)
+    if wide and kind == "tf32x3":
+        return WIDE_PATCH_TILE
     large, small = PATCH_TILES[kind]
     full = -(-patches // large.patches) * -(-channels // large.channels) >= target.multiprocessors
     return large if full else small
@@ -258,7 +264,8 @@ def _patches(call: Call, x: TensorMeta, weight: TensorMeta, bias: TensorMeta | N
     inner = weight.numel // channels
     # Three products of TF32 are as close as float32: whether cuDNN takes one where that is allowed depends on the shape.
     kind = "half" if x.dtype.itemsize == 2 else "tf32x3" if call.target.has_tf32x3 else "ieee"
-    tile = choose_patch_tile(patches, channels, kind, call.target)
+    wide = max(x.extent, out.meta.numel) >= 2**31 - 2**17
+    tile = choose_patch_tile(patches, channels, kind, wide, call.target)
     check_measured("patches", call.target, itemsize=x.dtype.itemsize, width=kernel[-1],
                    programs=-(-patches // tile.patches) * -(-channels // tile.channels))
     columns, rows = kernel[-1], kernel[-2] if len(kernel) == 2 else 1
@@ -267,7 +274,7 @@ def _patches(call: Call, x: TensorMeta, weight: TensorMeta, bias: TensorMeta | N
             tuple([Size(s) for s in view.sizes]), view.out_steps, view.out_strides, view.in_steps, view.in_strides,
             (*view.weight_steps, Size(weight.stride[1]), stride(weight.stride[0])), Size(1 if bias is None else bias.stride[0]))
     constants = (("KERNEL", (columns, rows)), ("FLAT", flat), ("PRECISION", "ieee" if kind == "half" else kind),
-                 ("WIDE", max(x.extent, out.meta.numel) >= 2**31 - 2**17), ("BLOCK_L", tile.patches), ("BLOCK_N", tile.channels),
+                 ("WIDE", wide), ("BLOCK_L", tile.patches), ("BLOCK_N", tile.channels),
                  ("BLOCK_K", tile.inner))
     launch = Launch(patch_kernel, (-(-patches // tile.patches), -(-channels // tile.channels), 1), args, Constants(constants),
                     tile.warps, tile.stages)

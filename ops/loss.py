@@ -301,7 +301,7 @@ def _loss_backward(call: Call, function: Any, names: Sequence[str], common: torc
     if any(o.meta is None for o, n in zip(operands, names) if n not in ("beta", "delta")):
         raise Decline("a CPU tensor among the operands")
     count = self.numel if call["reduction"] == MEAN else 1
-    operands.append(Operand(Size(count), None, opmath(common), opmath(common)))  # type: ignore[arg-type]
+    operands.append(Operand(Size(count), None, opmath(common), opmath(common)))
     return build(call, function, operands, [self.dtype], shape=self.shape, out_stride=stride, flops=6, has_number=False)
 
 

@@ -486,7 +486,7 @@ def plan_product(call: Call, product: Product) -> Plan:
     batch, m, n, k = product.sizes
     a, b, c, shape, dtype = product.a, product.b, product.c, product.shape, product.dtype
     out = Alloc(shape, contiguous_strides(shape), dtype)
-    metas = {x.ref: x.meta for x in (a, b, c) if x is not None}
+    metas: dict[Any, TensorMeta] = {x.ref: x.meta for x in (a, b, c) if x is not None}
     count = (1 if product.summed else batch) * m * n
     moved = sum([meta.numel * meta.dtype.itemsize for meta in metas.values()]) + count * dtype.itemsize
     if count == 0:
@@ -616,7 +616,7 @@ def _plan_tiles(call: Call, product: Product) -> Plan | None:
             Launch(persistent.finish_kernel, (split.rest, -(-shape.m // persistent.FINISH_ROWS), 1),
                    (Out(0), Out(1), c_ref, product.scale, Size(m), n, Size(split.whole), Size(split.parts), n, s_c),
                    _constants(product.activation, ROWS=persistent.FINISH_ROWS, **blocks)))
-    metas = {x.ref: x.meta for x in (a, b, c) if x is not None}
+    metas: dict[Any, TensorMeta] = {x.ref: x.meta for x in (a, b, c) if x is not None}
     moved = sum([meta.numel * meta.dtype.itemsize for meta in metas.values()]) + batch * m * n * dtype.itemsize
     return Plan(allocs, launches, Out(0), metas, bytes=moved, flops=2 * batch * m * n * k, aligned=True)
 

@@ -664,7 +664,7 @@ _model("llama2_7b_prefill", "model()", sized(B=1, S=2048), "bf16", 1.25, "Llama-
        "models.llama_prefill(B, S, dtype, device)")
 _model("llama2_7b_decode", "model()", sized(B=1, S=512), "bf16", None,
        "Llama-2-7b, one token after 512, with transformers' static cache of 1024", 24.0, "models.llama_decode(B, S, dtype, device)",
-       at_most={"capture.wall_us": 4500.0})
+       at_most={"capture.wall_us": 4500.0, "patch+capture.wall_us": 4500.0})
 _model("llama_training_step", "model()", sized(B=2, S=2048), "bf16", 1.2,
        "Llama-2 of 4 layers: forward, loss, backward and AdamW(foreach=True) on 2 sequences of 2048", 48.0,
        "models.llama_training(B, S, dtype, device)")

@@ -185,7 +185,7 @@ def test_a_fake_cuda_tensor_with_gradients_is_refused_where_it_would_end_the_pro
     if torch.backends.cuda.is_built():
         pytest.skip("this PyTorch has CUDA's device guard")
     with FakeTensorMode():
-        x = torch.empty(4, 4, device="cuda", requires_grad=True)
+        x = torch.empty(32, 32, device="cuda", requires_grad=True)
         with GemsMode(dry_run=H200) as mode:
             with torch.no_grad():
                 y = x @ x

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import gemsmode
 from gemsmode import GemsMode
@@ -102,6 +103,14 @@ def run(case: Case, model: Any, given: dict[str, torch.Tensor]) -> Outcome:
     return kept
 
 
+def loss_of(case: Case, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss in the precision of ``logits``: transformers' own is computed in float32, whatever the model's dtype."""
+    labels = labels.to(logits.device)
+    if case.name == "llama":
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
 def errors(got: Outcome, exact: Outcome) -> dict[str, float]:
     """The error of each result, by its norm."""
     return {n: ((got[n] - exact[n]).norm() / exact[n].norm().clamp_min(1e-30)).item() for n in exact}
@@ -134,6 +143,7 @@ def test_forward_and_backward(name: str, device: str) -> None:
     given = inputs(case, model, full, device)
     with exact_products():
         exact = run(case, model.to(higher), given)
+    exact["loss"] = loss_of(case, exact["logits"], given["labels"])
     model = model.to(dtype)
     own = errors(run(case, model, given), exact)
     for patched in (False, True):
