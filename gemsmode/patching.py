@@ -251,9 +251,13 @@ def _does_more(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
             or ("forward" in module.__dict__ and "forward" not in module.__dict__.get(_MARK, ())))
 
 
-def _is_more_than_a_product(module: torch.nn.Module) -> bool:
-    """Whether calling ``module`` does more than multiply by its weight."""
-    return module.bias is not None or _does_more(module, torch.nn.Linear)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_here(module: torch.nn.Module, input: torch.Tensor) -> bool:
+    """Whether the weight of ``module`` can be used without calling it: its hooks may gather it, or bring it to this device."""
+    weight = module.weight
+    return type(weight) in _PLAIN and weight.device == input.device and not _does_more(module, torch.nn.Linear)
 
 
 def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -377,8 +381,8 @@ def _gated_mlp(module: torch.nn.Module) -> Forward | None:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         first, second = getattr(self, gate), getattr(self, up)
-        if (x.numel() == x.shape[-1] and not _is_more_than_a_product(first) and not _is_more_than_a_product(second)
-                and fused.is_one_row(x, first.weight, second.weight)):
+        if (fused.is_one_row(x, first.weight, second.weight) and _is_here(first, x) and _is_here(second, x)
+                and first.bias is None and second.bias is None):
             return getattr(self, down)(fused.gated_linear(x, first.weight, second.weight, kind))
         a, b = first(x), second(x)
         if kind == "silu":
@@ -716,8 +720,8 @@ def _qkv(module: torch.nn.Module) -> dict[str, Forward] | None:
     def first(self: Any, input: torch.Tensor) -> torch.Tensor:
         shared: _Shared = self.__dict__[_SHARED]
         q, k, v = shared.layers
-        # Whether an inference tensor has been written to since cannot be known.
-        if input.is_inference() or not fused.is_one_row(input, q.weight, k.weight, v.weight):
+        if (not fused.is_one_row(input, q.weight, k.weight, v.weight) or not (_is_here(k, input) and _is_here(v, input))
+                or input.is_inference()):  # which says nothing of having been written to since
             return fused.linear(input, self.weight, self.bias)
         result, *others = fused.qkv_linear(input, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias)
         shared.ahead = _Ahead(input, input._version, _stream_of(input),

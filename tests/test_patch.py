@@ -322,12 +322,35 @@ def test_a_result_computed_ahead_is_used_only_for_what_it_was_computed_from(devi
         assert seen["linear"] == layers and seen["qkv_linear"] == order.count("q"), order
         for name in order:
             torch.testing.assert_close(got[name], wanted[name], msg=lambda text, order=order, name=name: f"{order}, {name}: {text}")
+    with pytest.raises(RuntimeError), torch.no_grad():
+        model(torch.tensor(1.0, device=device))  # PyTorch's own error
     with torch.inference_mode():
         model.order, model.between = "qkv", lambda x: x
         inference = torch.randn(1, 8, device=device)
         with GemsMode(trace=True) as gems:
             model(inference)
     assert "gemsmode.qkv_linear.default" not in {r.overload for r in gems.report.records}
+
+
+def test_weights_that_hooks_bring_are_not_used_without_them(device: str) -> None:
+    """As where weights are gathered, or moved to the device, when a layer is called."""
+    x = torch.randn(1, 8, device=device)
+    for name in ("k_proj", "v_proj"):
+        model = Projections().to(device)
+        gemsmode.patch(model)
+        layer = model._modules[name]
+        assert isinstance(layer, nn.Linear)
+        expected, weight = F.linear(x, layer.weight), layer.weight
+        layer.weight = nn.Parameter(torch.empty_like(weight, device="meta"))
+        handle = layer.register_forward_pre_hook(lambda module, args, weight=weight: setattr(module, "weight", weight))
+        got, seen = served(model, x)
+        assert seen == {"linear": 3}
+        torch.testing.assert_close(got[name[0]], expected)
+        handle.remove()
+        assert served(model, x)[1] == {"qkv_linear": 1}
+        layer.weight = nn.Parameter(torch.empty_like(weight, device="meta"))
+        model.order = "q"
+        assert served(model, x)[1] == {"linear": 1}
 
 
 def test_generation_of_a_patched_model_runs_layers_of_one_row(device: str) -> None:
