@@ -34,7 +34,9 @@ several streams must be ordered by the caller.
 
 **What cannot be captured** raises :class:`~gemsmode.errors.CaptureError`, which says what and where: tensors on the CPU or on
 several GPUs among the arguments, a value that is read on the host (``.item()``, ``if x > 0:``, ``nonzero``), a copy between CPU and
-GPU, a result that needs autograd. Without a GPU the callable runs under the mode as it is, with one warning.
+GPU, a result that needs autograd. A read is no obstacle where the code leaves it out while a stream captures, as transformers' masks
+do: a function that asks ``torch.cuda.is_current_stream_capturing()``, itself or by a helper, is given the chance. Without a GPU the
+callable runs under the mode as it is, with one warning.
 
 The backward of a captured forward is not captured; a function that does forward, backward and optimizer step itself is
 captured whole (with ``capturable=True`` where the optimizer has it).
@@ -46,10 +48,12 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import sys
 import threading
+import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -62,7 +66,7 @@ from gemsmode import choice
 from gemsmode.errors import CaptureError
 from gemsmode.mode import GemsMode
 from gemsmode.signature import TensorMeta
-from gemsmode.verify import call_site
+from gemsmode.verify import call_site, is_callers
 
 log = logging.getLogger("gemsmode")
 
@@ -155,28 +159,39 @@ class Problem(NamedTuple):
 
 
 class Onlooker(TorchDispatchMode):
-    """Looks for calls that cannot be captured while the callable runs as it is.
+    """Looks for calls that cannot be captured while the callable runs.
 
     Args:
         device_type: of the graphs.
+        capturing: the run is the one that is captured: the first call that a graph cannot hold is refused, before it is made.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, capturing: bool = False) -> None:
         super().__init__()
-        self._device_type = device_type
+        self._device_type, self._capturing = device_type, capturing
         self.problems: list[Problem] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if len(self.problems) < 3 and (found := problem_of(func, args, result, self._device_type)) is not None:
-            self.problems.append(Problem(f"{func} at {call_site() or 'an unknown place'} {found.text}", found.certain))
-        return result
+        kwargs = kwargs or {}
+        found = problem_of(func, args, kwargs, self._device_type) if self._capturing or len(self.problems) < 3 else None
+        if found is not None:
+            text = f"{func} at {call_site() or 'an unknown place'} {found.text}"
+            if self._capturing and found.certain:
+                raise _impossible([text])
+            self.problems.append(Problem(text, found.certain and not asks_whether_capturing()))
+        return func(*args, **kwargs)
 
 
-def problem_of(func: Any, args: Sequence[Any], result: Any, device_type: str) -> Problem | None:
+def _impossible(texts: Sequence[str]) -> CaptureError:
+    return CaptureError(f"a graph cannot hold this call: {'; '.join(texts)}. Keep such calls outside of what is captured.")
+
+
+def problem_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device_type: str) -> Problem | None:
     """What of one call a graph cannot hold; None if it can."""
     tensors = list(_tensors(list(args)))
-    if not any(t.device.type == device_type for t in (*tensors, *_tensors(result))):
+    device = kwargs.get("device")
+    to = None if device is None else torch.device(device).type
+    if to != device_type and not any(t.device.type == device_type for t in tensors):
         return None
     if func in _HOST_READS:
         return Problem(_HOST_READS[func], True)
@@ -187,9 +202,10 @@ def problem_of(func: Any, args: Sequence[Any], result: Any, device_type: str) ->
         return None
     if func in (_A.copy_.default, _A._to_copy.default) and tensors:
         source = tensors[-1]
-        target = tensors[0] if func is _A.copy_.default else result
-        if source.device.type != target.device.type:
-            if target.device.type == device_type:
+        if func is _A.copy_.default:
+            to = tensors[0].device.type
+        if to not in (None, source.device.type):
+            if to == device_type:
                 pinned = source.device.type == "cpu" and source.is_pinned()
                 return None if pinned else Problem("copies from the CPU to the GPU", True)
             return Problem("copies from the GPU to the CPU", True)
@@ -197,6 +213,34 @@ def problem_of(func: Any, args: Sequence[Any], result: Any, device_type: str) ->
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
         return Problem("may read a value on the host", False)
     return None
+
+
+_QUESTION = "is_current_stream_capturing"
+_FRAMES = 3
+"""Of a read: a helper that does it (such as ``fast_all``), the function that decides, and one between them."""
+
+
+def asks_whether_capturing() -> bool:
+    """Whether the caller's code asks if a stream captures, so that it may do otherwise than now in a capture.
+
+    What counts is the code of the innermost functions outside PyTorch and gemsmode, and of the functions that they name, two deep.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    seen = 0
+    while frame is not None and seen < _FRAMES and frame.f_code is not Captured._first.__code__:
+        if is_callers(frame):
+            if _names_question(frame.f_code, frame.f_globals, 2):
+                return True
+            seen += 1
+        frame = frame.f_back
+    return False
+
+
+def _names_question(code: types.CodeType, names: Mapping[str, Any], deep: int) -> bool:
+    if _QUESTION in code.co_names:
+        return True
+    helpers = (names.get(name) for name in code.co_names) if deep else ()
+    return any(_names_question(h.__code__, h.__globals__, deep - 1) for h in helpers if isinstance(h, types.FunctionType))
 
 
 # -- masks of attention ------------------------------------------------------------------------------------------------
@@ -464,19 +508,14 @@ class Captured:
             return self._refused(key, given, error, lambda: self._as_it_is(args, kwargs))
         onlooker = Onlooker(self._backend.device_type)
 
-        def run(a: tuple[Any, ...], k: dict[str, Any]) -> Any:
-            with self.mode, self._without_autocast_cache(), Masks():
+        def run(a: tuple[Any, ...], k: dict[str, Any], onlooker: Onlooker) -> Any:
+            with self.mode, self._without_autocast_cache(), Masks(), onlooker:
                 return self.function(*a, **k)
 
-        def watched() -> Any:
-            with self.mode, self._without_autocast_cache(), Masks(), onlooker:
-                return self.function(*args, **kwargs)
-
-        result = self._backend.warm_up(watched, device)
+        result = self._backend.warm_up(lambda: run(args, kwargs, onlooker), device)
         certain = [p.text for p in onlooker.problems if p.certain]
         if certain:
-            text = f"a graph cannot hold this call: {'; '.join(certain)}. Keep such calls outside of what is captured."
-            return self._refused(key, given, CaptureError(text), lambda: result)
+            return self._refused(key, given, _impossible(certain), lambda: result)
         if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(result)):
             return self._refused(key, given, CaptureError(
                 "the result requires a gradient, and a replay records nothing for autograd: call it under torch.no_grad(), or "
@@ -484,7 +523,7 @@ class Captured:
         try:
             self._capture(key, given, args, kwargs, run, device)
         except CaptureError as error:
-            hints = "; ".join(p.text for p in onlooker.problems)
+            hints = "; ".join(p.text for p in onlooker.problems if p.text not in str(error))
             return self._refused(key, given, CaptureError(f"{error}" + (f" Perhaps because {hints}." if hints else "")), lambda: result,
                                  error.__cause__)
         return result
@@ -516,7 +555,7 @@ class Captured:
         return next((d.index for d in devices), None)
 
     def _capture(self, key: Any, given: _Arguments, args: tuple[Any, ...], kwargs: dict[str, Any],
-                 run: Callable[[tuple[Any, ...], dict[str, Any]], Any], device: int | None) -> None:
+                 run: Callable[[tuple[Any, ...], dict[str, Any], Onlooker], Any], device: int | None) -> None:
         buffers: list[torch.Tensor | None] = []
         stand_in: dict[int, torch.Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
@@ -542,7 +581,10 @@ class Captured:
                 source.pool = self._backend.pool()
             self.pool = self._backend.pool() if source is None else source.pool
         try:
-            graph, result = self._backend.record(lambda: run(own_args, own_kwargs), device, self.pool, given.generators)
+            onlooker = Onlooker(self._backend.device_type, capturing=True)
+            graph, result = self._backend.record(lambda: run(own_args, own_kwargs, onlooker), device, self.pool, given.generators)
+        except CaptureError:
+            raise
         except Exception as error:
             first = str(error).strip().partition("\n")[0]
             raise CaptureError(f"capturing failed: {type(error).__name__}: {first}.") from error

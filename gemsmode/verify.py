@@ -35,6 +35,7 @@ import dataclasses
 import os
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -517,13 +518,18 @@ def _is_ours(name: str) -> bool:
     return name.partition(".")[0] in ("gemsmode", "torch", "triton", "contextlib", "runpy", "functools")
 
 
+def is_callers(frame: types.FrameType) -> bool:
+    """Whether a frame is of code outside PyTorch and gemsmode."""
+    file = frame.f_code.co_filename
+    return not (file.startswith("<") or _is_ours(frame.f_globals.get("__name__") or "") or file.startswith(_INTERNAL))
+
+
 def call_site() -> str:
     """``file:line in function`` of the innermost frame outside PyTorch and gemsmode; empty in autograd's own threads."""
     frame = sys._getframe(1)
     while frame is not None:
-        file, module = frame.f_code.co_filename, frame.f_globals.get("__name__") or ""
-        if not (file.startswith("<") or _is_ours(module) or file.startswith(_INTERNAL)):
-            return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
+        if is_callers(frame):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
 

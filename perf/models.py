@@ -5,7 +5,8 @@ Without a GPU sequences are short, and the models are then small ones of the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,15 +127,25 @@ class Training:
 
     def __init__(self, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.model = _llama(length, dtype, device, layers=4).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, foreach=True)
+        self.optimizer = self._adamw()
         self.tokens = _tokens(batch, length, self.model.config.vocab_size, device)
 
+    def _adamw(self, **more: Any) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-5, foreach=True, **more)
+
     def __call__(self) -> torch.Tensor:
+        return self._step(self.optimizer)
+
+    def to_capture(self) -> Callable[[], torch.Tensor]:
+        """The same step with an optimizer of its own that counts its steps on the device, as a graph needs."""
+        return functools.partial(self._step, self._adamw(capturable=True))
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         with torch.enable_grad():
             loss = self.model(self.tokens, labels=self.tokens, use_cache=False).loss
             loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return loss.detach()
 
 

@@ -577,7 +577,8 @@ class Runner:
             prefer = "fastest" if "fastest" in words else None
             around: Context = functools.partial(gemsmode.GemsMode, prefer=prefer)
             if "capture" in words:
-                call, around = gemsmode.capture(call, prefer=prefer), contextlib.nullcontext
+                own = getattr(prepared.model, "to_capture", None)
+                call, around = gemsmode.capture(own() if own else call, prefer=prefer), contextlib.nullcontext
             return Runnable(call, (lambda: _patched(prepared.model.model, around)) if "patch" in words else around)
         elif name == "liger_kernel":
             own = prepared.liger()

@@ -472,6 +472,55 @@ def test_a_capture_that_fails_names_its_suspects(device: str, monkeypatch: pytes
         gemsmode.capture(lambda x: x + torch.ones(3), backend=Tapes())(x)
 
 
+def is_capturing() -> bool:
+    """As libraries ask, through a helper of their own; for the stand-in see the fixture."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def all_positive(x: torch.Tensor) -> bool:
+    return bool((x > 0).all())
+
+
+def may_skip(x: torch.Tensor) -> bool:
+    return not is_capturing() and all_positive(x)
+
+
+def reads_unless_capturing(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if may_skip(x) else torch.where(x > 0, x * 2, -x)
+
+
+def reads_whatever_it_asks(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if all_positive(x) and not is_capturing() else x * 3
+
+
+@pytest.fixture
+def asked(device: str, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: backend.under_way)
+
+
+def test_a_read_that_is_left_out_while_a_stream_captures(device: str, backend: Any, asked: None) -> None:
+    fast = gemsmode.capture(reads_unless_capturing, backend=backend)
+    for x in (torch.ones(3, device=device), torch.tensor([1.0, -1.0, 3.0], device=device), torch.ones(3, device=device)):
+        assert torch.equal(fast(x), x * 2 if (x > 0).all() else torch.where(x > 0, x * 2, -x))
+    assert (fast.captures, fast.replays) == (1, 2)
+
+
+def test_a_read_that_the_capture_meets_is_refused_before_it_is_made(device: str, backend: Any, asked: None) -> None:
+    x = torch.ones(3, device=device)
+    function, log = runs(reads_whatever_it_asks)
+    text = refused(backend, function, x)
+    assert "_local_scalar_dense" in text and "reads a value on the host" in text and "in all_positive" in text
+    assert "Perhaps" not in text and len(log) == 2
+    with pytest.warns(RuntimeWarning, match="reads a value on the host.* runs under the mode as it is"):
+        fast = gemsmode.capture(function, backend=backend, uncapturable="eager")
+        assert torch.equal(fast(x), x * 2) and len(log) == 4
+    assert torch.equal(fast(x), x * 2) and len(log) == 5 and not fast.captures
+    # Code that asks nothing is not run a second time.
+    function, log = runs(lambda x: x * 2 if all_positive(x) else x)
+    assert "in all_positive" in refused(backend, function, x) and len(log) == 1
+
+
 def test_eager_where_it_cannot_be_captured(device: str, backend: Any) -> None:
     spy = Spy("aten.mul.Tensor")
     function, log = runs(lambda x: x * x.sum().item())
@@ -519,13 +568,17 @@ def test_unusable_options() -> None:
 def test_copies_between_host_and_device_are_told() -> None:
     aten = torch.ops.aten
     here, there = torch.ones(2), torch.ones(2, device="meta")  # "meta" stands for the GPU
-    to_gpu = problem_of(aten._to_copy.default, (here,), there, "meta")
-    assert to_gpu is not None and to_gpu.certain and "from the CPU to the GPU" in to_gpu.text
-    back = problem_of(aten.copy_.default, (here, there), here, "meta")
-    assert back is not None and "from the GPU to the CPU" in back.text
-    assert problem_of(aten.copy_.default, (there, there), there, "meta") is None
-    assert problem_of(aten._local_scalar_dense.default, (here,), 1.0, "meta") is None  # of a CPU tensor
-    assert problem_of(aten.index.Tensor, (there, [torch.ones(2, dtype=torch.int64, device="meta")]), there, "meta") is None
+    for device in ("meta", torch.device("meta")):
+        to_gpu = problem_of(aten._to_copy.default, (here,), {"device": device}, "meta")
+        assert to_gpu is not None and to_gpu.certain and "from the CPU to the GPU" in to_gpu.text
+    for func, args, kwargs in ((aten.copy_.default, (here, there), {}), (aten._to_copy.default, (there,), {"device": "cpu"})):
+        back = problem_of(func, args, kwargs, "meta")
+        assert back is not None and "from the GPU to the CPU" in back.text
+    assert problem_of(aten.copy_.default, (there, there), {}, "meta") is None
+    assert problem_of(aten._to_copy.default, (there,), {"dtype": torch.int32}, "meta") is None
+    assert problem_of(aten._to_copy.default, (here,), {"dtype": torch.int32}, "meta") is None
+    assert problem_of(aten._local_scalar_dense.default, (here,), {}, "meta") is None  # of a CPU tensor
+    assert problem_of(aten.index.Tensor, (there, [torch.ones(2, dtype=torch.int64, device="meta")]), {}, "meta") is None
 
 
 def test_what_pytorch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,12 +626,62 @@ def test_what_pytorch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def test_decoding_with_a_static_cache(device: str, backend: Any) -> None:
+def small_llama(device: str) -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                       num_key_value_heads=2, vocab_size=50, max_position_embeddings=64)
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(device).eval()
+    return transformers.LlamaForCausalLM(config).to(device)
+
+
+def of_pointwise_kernels(device: str) -> GemsMode:
+    """In the interpreter these are enough of the mode."""
+    return GemsMode() if device == "cuda" else GemsMode(allow=["silu"])
+
+
+def test_a_prompt_whose_mask_is_checked_on_the_host(device: str, backend: Any, asked: None) -> None:
+    """transformers looks whether several sequences were packed into one, unless a stream captures."""
+    model = small_llama(device).eval()
+    fast = gemsmode.capture(model, mode=of_pointwise_kernels(device), backend=backend)
+    with torch.no_grad():
+        for _ in range(3):
+            tokens = torch.randint(0, 50, (2, 7), device=device)
+            got, expected = fast(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert fast.captures == 1 and fast.replays == 2
+
+
+def test_training_whose_mask_is_checked_on_the_host(device: str) -> None:
+    skip_without_cuda(device)  # a tape does not see what autograd's thread does
+    plain, captured = small_llama(device).train(), small_llama(device).train()
+
+    def step_of(model: Any) -> Callable[..., Any]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True, capturable=True)
+
+        def step(tokens: torch.Tensor) -> torch.Tensor:
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return step
+
+    ordinary, fast = step_of(plain), gemsmode.capture(step_of(captured))
+    losses = []
+    for _ in range(5):
+        tokens = torch.randint(0, 50, (2, 7), device=device)
+        losses.append((float(fast(tokens)), float(ordinary(tokens))))
+        torch.testing.assert_close(*losses[-1], rtol=1e-3, atol=1e-3)
+    assert fast.captures == 1 and fast.replays == 4
+    for a, b in zip(captured.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_decoding_with_a_static_cache(device: str, backend: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = small_llama(device).eval()
+    config = model.config
     prompt = torch.randint(0, 50, (1, 5), device=device)
 
     def generate(step: Callable[..., Any]) -> tuple[list[int], torch.Tensor]:
@@ -593,9 +696,7 @@ def test_decoding_with_a_static_cache(device: str, backend: Any) -> None:
                 out = step(token, past_key_values=cache, position_ids=position, use_cache=True)
         return tokens, out.logits.clone()
 
-    # Pointwise kernels are enough of the mode in the interpreter.
-    mode = GemsMode() if device == "cuda" else GemsMode(allow=["silu"])
-    fast = gemsmode.capture(model, mode=mode, backend=backend)
+    fast = gemsmode.capture(model, mode=of_pointwise_kernels(device), backend=backend)
     expected, logits = generate(model)
     tokens, got = generate(fast)
     assert tokens == expected and fast.captures == 1 and fast.replays == 5
