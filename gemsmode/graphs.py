@@ -30,7 +30,8 @@ several streams must be ordered by the caller.
 
 **Random ops stay random**: each replay draws afresh from PyTorch's generators, and ``torch.manual_seed`` reproduces it.
 
-**Masks of attention** are converted once, not in each layer: see :class:`Masks`.
+**Masks of attention** are converted once, not in each layer, or left out where they are known to mask nothing but what is
+causal: see :class:`Masks`.
 
 **What cannot be captured** raises :class:`~gemsmode.errors.CaptureError`, which says what and where: tensors on the CPU or on
 several GPUs among the arguments, a value that is read on the host (``.item()``, ``if x > 0:``, ``nonzero``), a copy between CPU and
@@ -60,9 +61,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gemsmode import choice
+from gemsmode.constants import Constants
 from gemsmode.errors import CaptureError
 from gemsmode.mode import GemsMode
 from gemsmode.signature import TensorMeta
@@ -251,13 +253,18 @@ class Masks(TorchFunctionMode):
 
     PyTorch's ``scaled_dot_product_attention`` makes of a boolean mask, in every layer, one that is added to the scores, by three
     kernels. And a mask that is the same for all keys it gives to its slowest implementation, though such a mask says no more than
-    which rows of the result are zero (transformers makes them while a stream captures, when it may not look whether they mask
-    anything).
+    which rows of the result are zero. While a stream captures transformers may not look whether its masks mask anything, and makes
+    them where it else leaves them out; a mask that is a constant of the callable is left out again, and a causal one is
+    ``is_causal=True``.
+
+    Args:
+        constants: those of the block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, constants: Constants) -> None:
         super().__init__()
-        self._made: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._constants = constants
+        self._made: dict[tuple[Any, ...], tuple[torch.Tensor, Any]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -265,6 +272,9 @@ class Masks(TorchFunctionMode):
             given = dict(zip(("query", "key", "value", "attn_mask"), args)) | kwargs
             mask = given.get("attn_mask")
             if len(args) <= 4 and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim >= 2:
+                known = None if given.get("is_causal") else self._once(mask, "known", lambda: self._known(mask))
+                if known is not None:
+                    return func(**{**given, "attn_mask": None, "is_causal": known == "causal"})
                 if mask.stride(-1) == 0 and mask.shape[-1] > 1:
                     masked = self._once(mask, "rows", lambda: ~mask[..., :1])
                     result = func(**{**given, "attn_mask": None})
@@ -274,7 +284,20 @@ class Masks(TorchFunctionMode):
                 return func(**{**given, "attn_mask": self._once(mask, dtype, lambda: _added(mask, dtype))})
         return func(*args, **kwargs)
 
-    def _once(self, mask: torch.Tensor, what: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _known(self, mask: torch.Tensor) -> str | None:
+        """``"all"`` or ``"causal"`` if the mask is a constant that says so."""
+        value = self._constants.value(mask)
+        if value is None:
+            return None
+        with _disable_current_modes():
+            if value.all():
+                return "all"
+            once = _once(value)
+            compact = value if once is None else value[once]
+            causal = torch.ones(value.shape[-2:], dtype=torch.bool).tril_()
+            return "causal" if compact.shape[-2:] == causal.shape and bool((compact == causal).all()) else None
+
+    def _once(self, mask: torch.Tensor, what: Any, make: Callable[[], Any]) -> Any:
         if mask.is_inference():  # whether it is still what it was cannot be known
             return make()
         key = id(mask), mask._version, what
@@ -509,7 +532,7 @@ class Captured:
         onlooker = Onlooker(self._backend.device_type)
 
         def run(a: tuple[Any, ...], k: dict[str, Any], onlooker: Onlooker) -> Any:
-            with self.mode, self._without_autocast_cache(), Masks(), onlooker:
+            with self.mode, self._without_autocast_cache(), Constants() as constants, Masks(constants), onlooker:
                 return self.function(*a, **k)
 
         result = self._backend.warm_up(lambda: run(args, kwargs, onlooker), device)

@@ -1,0 +1,129 @@
+"""Tensors that are the same at each run of a callable: integers and booleans that no argument, weight or random number went into.
+
+Masks of attention are often such: made of ``arange`` and comparisons, for sizes that are fixed. Under CUDA-graph capture nothing
+can be read from the device; but what a constant holds can be worked out on the CPU, from the calls that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+_DTYPES = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+_MAX_NUMEL = 1 << 26
+"""Elements of the largest tensors that are followed, since following keeps a tensor's memory: a mask of 8192 by 8192."""
+
+_A = torch.ops.aten
+_UNSET = frozenset({_A.empty.memory_format, _A.empty_strided.default, _A.empty_permuted.default, _A.empty_like.default,
+                    _A.new_empty.default, _A.new_empty_strided.default})
+
+
+class _Made(NamedTuple):
+    """How a constant was made: by which call, of which other constants."""
+
+    tensor: torch.Tensor  # held, so that its memory is not another's
+    func: Any
+    args: tuple[Any, ...]  # with a _Made for each tensor
+    kwargs: dict[str, Any]
+    computed: bool  # its memory holds results, not what a factory filled it with
+
+
+class Constants(TorchDispatchMode):
+    """Follows the calls of a block; afterwards, or within, :meth:`value` tells what a constant holds.
+
+    Only calls all of whose tensors are constants, or that take none, make constants: of integers and booleans, one result, at
+    most 2**26 elements. What is written to is no constant any more. Memory that a factory filled (``zeros``, ``arange``) is
+    followed, but not told of: kernels that PyTorch does not see take such memory for their results.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, dict[tuple[Any, ...], _Made]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for argument, value in _given(func, args, kwargs):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in _tensors(value):
+                        self._made.pop(_memory(tensor), None)
+        elif (isinstance(result, torch.Tensor) and result.dtype in _DTYPES and result.numel() <= _MAX_NUMEL and func not in _UNSET
+              and torch.Tag.nondeterministic_seeded not in func.tags and type(result) is torch.Tensor):
+            try:
+                own_args, own_kwargs = self._of_constants(args), self._of_constants(kwargs)
+            except LookupError:
+                return result
+            sources = [a for a in own_args if isinstance(a, _Made)]
+            computed = sources[0].computed if func.is_view else bool(sources)
+            self._made.setdefault(_memory(result), {})[_place(result)] = _Made(result, func, own_args, own_kwargs, computed)
+        return result
+
+    def _of_constants(self, value: Any) -> Any:
+        """``value`` with each tensor replaced by how it was made.
+
+        Raises:
+            LookupError: one is no constant.
+        """
+        if isinstance(value, torch.Tensor):
+            return self._made[_memory(value)][_place(value)]
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._of_constants(v) for v in value])
+        if isinstance(value, dict):
+            return {k: self._of_constants(v) for k, v in value.items()}
+        if isinstance(value, torch.Generator):
+            raise LookupError("draws random numbers")
+        return value
+
+    def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What a constant holds, on the CPU; None if the tensor is not known to be one."""
+        made = self._made.get(_memory(tensor), {}).get(_place(tensor))
+        if made is None or not made.computed:
+            return None
+        with _disable_current_modes(), torch.no_grad():
+            return _again(made, {})
+
+
+def _given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """The arguments of a call with their declarations."""
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            yield argument, args[i]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Which of its memory a tensor is. (Autograd makes new objects of views, so that identity would not tell.)"""
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _again(made: _Made, done: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Make a constant once more, on the CPU."""
+    key = id(made.tensor)
+    if key not in done:
+        def given(value: Any) -> Any:
+            if isinstance(value, _Made):
+                return _again(value, done)
+            if isinstance(value, (list, tuple)):
+                return type(value)([given(v) for v in value])
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        kwargs = {k: given(v) for k, v in made.kwargs.items() if k != "pin_memory"}
+        done[key] = made.func(*given(made.args), **kwargs)
+    return done[key]
