@@ -2,7 +2,8 @@
 
 A launch takes up to ``MAX_TENSORS`` tensors of a list; a program finds its tensor by its number. The functions are
 those of the pointwise ops. Tensors must be floating point, of one dtype, dense, and laid out alike across the lists, as
-PyTorch's own fast path wants them; anything else passes through.
+PyTorch's own fast path wants them; anything else passes through. A second list may be of scalars on the device, one for each
+tensor of the first, which is what optimizers with ``capturable=True`` divide by, and which PyTorch takes tensor by tensor.
 
 Source: ``torch.optim.AdamW`` and ``torch.optim.SGD`` (documentation) for the fused steps.
 """
@@ -73,9 +74,18 @@ def _programs(metas: Sequence[TensorMeta], block: int) -> list[int]:
     return first
 
 
+def _are_scalars(first: Sequence[TensorMeta], others: Sequence[TensorMeta]) -> bool:
+    """Whether each of ``others`` is a number on the device for a tensor of ``first``, whose dtype the result then has."""
+    return (len(first) == len(others) and all(o.shape == () and o.dtype in FLOAT for o in others)
+            and all(f.shape and f.device == o.device for f, o in zip(first, others)))
+
+
 def _plan(call: Call, function: Any, roles: Sequence[tuple[str, Any]], dtypes: Sequence[torch.dtype] = FLOAT) -> Plan:
     """One list op: ``roles`` says for each parameter of the function what it is, ``("list", index)``, ``("tensor", index)``,
-    ``("number", index)``, ``("numbers", index)`` or ``("constant", value)``."""
+    ``("number", index)``, ``("numbers", index)`` or ``("constant", value)``; a list may turn out to be one of ``"scalars"``."""
+    main = next(index for role, index in roles if role == "list")
+    roles = [("scalars", index) if role == "list" and index != main and _are_scalars(call.args[main], call.args[index])
+             else (role, index) for role, index in roles]
     lists = [index for role, index in roles if role == "list"]
     dtype, metas = _lists(call, lists, dtypes)
     compute = opmath(dtype)
@@ -89,14 +99,17 @@ def _plan(call: Call, function: Any, roles: Sequence[tuple[str, Any]], dtypes: S
             raise Decline("a tensor operand that is not a floating-point scalar")
         if role == "numbers" and len(call.args[index]) != len(metas):
             raise Decline("PyTorch rejects it: as many numbers as tensors are needed")
-        kinds.append((0 if role == "list" or is_tensor else 1, dtype, compute))
-        strides.append((0,) if is_tensor else ())
+        kinds.append((0 if role in ("list", "scalars") or is_tensor else 1, dtype, compute))
+        strides.append((0,) if is_tensor or role == "scalars" else ())
         if is_tensor:
             refs[Arg(index)] = call.args[index]
 
     def operand(role: str, index: Any, k: int) -> Any:
         if role == "list":
             refs[Arg(index, k)] = metas[k]
+            return Arg(index, k)
+        if role == "scalars":
+            refs[Arg(index, k)] = call.args[index][k]
             return Arg(index, k)
         if role == "tensor" and Arg(index) in refs:
             return Arg(index)

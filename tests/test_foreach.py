@@ -94,6 +94,54 @@ def test_clipping_gradients() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("op", [torch._foreach_div_, torch._foreach_mul, torch._foreach_add_, torch._foreach_sub], ids=lambda f: f.__name__)
+def test_a_scalar_on_the_device_for_each_tensor(op: Callable[..., Any], of: torch.dtype, dtype: torch.dtype) -> None:
+    """As in ``Adam(capturable=True)``, whose corrections are computed from step counts on the device."""
+    device = current().device_type
+    generator = torch.Generator().manual_seed(0)
+    shapes = [s for s in SHAPES if s]
+    given = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+    scalars = [(torch.rand((), generator=generator, dtype=torch.float64) + 0.5).to(device, of) for _ in shapes]
+    plain = [g.clone() for g in given]
+    # As PyTorch's kernels for GPUs do; those for CPUs round only some scalars to the dtype of the tensors first.
+    expected = op(plain, scalars if device != "cpu" else [s.to(dtype) for s in scalars]) or plain
+    with GemsMode(strict=True, trace=True) as mode:
+        got = op(given, scalars) or given
+    assert [r.decision for r in mode.report.compute] == ["rule"]
+    assert all(g.dtype == dtype for g in got)
+    torch.testing.assert_close(list(got), list(expected), rtol=0 if dtype != torch.float64 else 1e-15, atol=0)
+
+
+def test_scalars_that_change_the_dtype_or_are_elsewhere_pass() -> None:
+    device = current().device_type
+    tensors = [torch.ones(3, dtype=torch.bfloat16, device=device), torch.ones((), dtype=torch.bfloat16, device=device)]
+    scalars = [torch.full((), 2.0, device=device) for _ in tensors]
+    with GemsMode(strict=True, trace=True) as mode:
+        result = torch._foreach_mul(tensors, scalars)
+        torch._foreach_mul(tensors[:1], [torch.ones(1, device=device)])
+    foreach = [r for r in mode.report.compute if "_foreach" in r.overload]
+    assert [r.dtype for r in result] == [torch.bfloat16, torch.float32]
+    assert [r.decision for r in foreach] == ["pass", "pass"], foreach
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_capturable_steps(dtype: torch.dtype) -> None:
+    if current().device_type != "cuda":
+        pytest.skip("PyTorch keeps step counts on the device only of a GPU")
+    mode = GemsMode(strict=True, trace=True)
+
+    def make(p: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(p, lr=1e-2, foreach=True, capturable=True)
+
+    expected, got = train(make, dtype, None), train(make, dtype, mode)
+    passed = {r.overload for r in mode.report.compute if r.decision == "pass"}
+    assert passed <= {"aten._foreach_pow.ScalarAndTensor"}, passed
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(("to", "source"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16),
                                             (torch.float64, torch.float64)])
 def test_copies_of_a_list(to: torch.dtype, source: torch.dtype) -> None:
