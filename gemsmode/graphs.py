@@ -64,8 +64,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gemsmode import choice
-from gemsmode.constants import Constants
 from gemsmode.errors import CaptureError
+from gemsmode.folding import ConstantFolder
 from gemsmode.mode import GemsMode
 from gemsmode.signature import TensorMeta
 from gemsmode.verify import call_site, is_callers
@@ -261,7 +261,7 @@ class Masks(TorchFunctionMode):
         constants: those of the block.
     """
 
-    def __init__(self, constants: Constants) -> None:
+    def __init__(self, constants: ConstantFolder) -> None:
         super().__init__()
         self._constants = constants
         self._made: dict[tuple[Any, ...], tuple[torch.Tensor, Any]] = {}
@@ -532,7 +532,7 @@ class Captured:
         onlooker = Onlooker(self._backend.device_type)
 
         def run(a: tuple[Any, ...], k: dict[str, Any], onlooker: Onlooker) -> Any:
-            with self.mode, self._without_autocast_cache(), Constants() as constants, Masks(constants), onlooker:
+            with self.mode, self._without_autocast_cache(), ConstantFolder() as constants, Masks(constants), onlooker:
                 return self.function(*a, **k)
 
         result = self._backend.warm_up(lambda: run(args, kwargs, onlooker), device)

@@ -29,9 +29,14 @@ class _Made(NamedTuple):
     args: tuple[Any, ...]  # with a _Made for each tensor
     kwargs: dict[str, Any]
     computed: bool  # its memory holds results, not what a factory filled it with
+    version: int
+
+    def is_unchanged(self) -> bool:
+        """Whether code that dispatches no calls, such as a compiled function's, has not said that it wrote to it."""
+        return self.version == _version(self.tensor)
 
 
-class Constants(TorchDispatchMode):
+class ConstantFolder(TorchDispatchMode):
     """Follows the calls of a block; afterwards, or within, :meth:`value` tells what a constant holds.
 
     Only calls all of whose tensors are constants, or that take none, make constants: of integers and booleans, one result, at
@@ -53,27 +58,33 @@ class Constants(TorchDispatchMode):
                         self._made.pop(_memory(tensor), None)
         elif (isinstance(result, torch.Tensor) and result.dtype in _DTYPES and result.numel() <= _MAX_NUMEL and func not in _UNSET
               and torch.Tag.nondeterministic_seeded not in func.tags and type(result) is torch.Tensor):
+            sources: list[_Made] = []
             try:
-                own_args, own_kwargs = self._of_constants(args), self._of_constants(kwargs)
+                own_args, own_kwargs = self._of_constants(args, sources), self._of_constants(kwargs, sources)
             except LookupError:
                 return result
-            sources = [a for a in own_args if isinstance(a, _Made)]
-            computed = sources[0].computed if func.is_view else bool(sources)
-            self._made.setdefault(_memory(result), {})[_place(result)] = _Made(result, func, own_args, own_kwargs, computed)
+            shared = [s for s in sources if _memory(s.tensor) == _memory(result)]
+            computed = all(s.computed for s in shared) if shared else bool(sources)
+            made = _Made(result, func, own_args, own_kwargs, computed, _version(result))
+            self._made.setdefault(_memory(result), {})[_place(result)] = made
         return result
 
-    def _of_constants(self, value: Any) -> Any:
-        """``value`` with each tensor replaced by how it was made.
+    def _of_constants(self, value: Any, sources: list[_Made]) -> Any:
+        """``value`` with each tensor replaced by how it was made, which goes to ``sources``, too.
 
         Raises:
             LookupError: one is no constant.
         """
         if isinstance(value, torch.Tensor):
-            return self._made[_memory(value)][_place(value)]
+            made = self._made[_memory(value)][_place(value)]
+            if not made.is_unchanged():
+                raise LookupError("written to")
+            sources.append(made)
+            return made
         if isinstance(value, (list, tuple)):
-            return type(value)([self._of_constants(v) for v in value])
+            return type(value)([self._of_constants(v, sources) for v in value])
         if isinstance(value, dict):
-            return {k: self._of_constants(v) for k, v in value.items()}
+            return {k: self._of_constants(v, sources) for k, v in value.items()}
         if isinstance(value, torch.Generator):
             raise LookupError("draws random numbers")
         return value
@@ -81,7 +92,7 @@ class Constants(TorchDispatchMode):
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """What a constant holds, on the CPU; None if the tensor is not known to be one."""
         made = self._made.get(_memory(tensor), {}).get(_place(tensor))
-        if made is None or not made.computed:
+        if made is None or not made.computed or not made.is_unchanged():
             return None
         with _disable_current_modes(), torch.no_grad():
             return _again(made, {})
@@ -106,6 +117,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""``gemsmode.constants``: what is known of tensors that no input went into, and what is not."""
+"""``gemsmode.folding``: what is known of tensors that no input went into, and what is not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemsmode.constants import Constants
+from gemsmode.folding import ConstantFolder
 
 
 def causal(n: int, device: str) -> torch.Tensor:
@@ -21,6 +21,7 @@ KNOWN: dict[str, Callable[[str], torch.Tensor]] = {
     "tril": lambda d: torch.ones(4, 6, dtype=torch.bool, device=d).tril(),
     "views of a result": lambda d: causal(5, d)[None, None].expand(2, 3, 5, 5)[..., 1:, ::2],
     "several together": lambda d: torch.cat([causal(3, d), ~causal(3, d)]) & torch.full((3,), True, device=d),
+    "a list of factories' together": lambda d: torch.cat([torch.ones(2, dtype=torch.int32, device=d), torch.arange(3, device=d).int()]),
     "indexed by a constant": lambda d: causal(5, d)[torch.arange(3, device=d)],
     "of numbers": lambda d: torch.arange(9, device=d).view(3, 3).cumsum(-1) * 2 - 1,
     "device as a string": lambda d: torch.zeros(3, dtype=torch.int32, device=torch.device(d)).add(3).to(torch.uint8),
@@ -30,7 +31,7 @@ KNOWN: dict[str, Callable[[str], torch.Tensor]] = {
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_known(name: str, around: Callable[[], Any], device: str) -> None:
-    with around(), Constants() as constants:
+    with around(), ConstantFolder() as constants:
         tensor = KNOWN[name](device)
         value = constants.value(tensor)
     assert value is not None and value.device.type == "cpu" and torch.equal(value, tensor.cpu())
@@ -55,7 +56,7 @@ class Written:
 @pytest.mark.parametrize("write", [Written.itself, Written.a_view, Written.as_out])
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_what_is_written_to_is_not_known(write: Callable[[torch.Tensor], None], around: Callable[[], Any], device: str) -> None:
-    with around(), Constants() as constants:
+    with around(), ConstantFolder() as constants:
         mask = causal(4, device)
         before, view = ~mask, mask.t()
         write(mask)
@@ -65,14 +66,24 @@ def test_what_is_written_to_is_not_known(write: Callable[[torch.Tensor], None], 
         assert known is not None and torch.equal(known, before.cpu())
 
 
-def test_what_is_not_known(device: str) -> None:
+def test_what_compiled_code_says_it_wrote_to_is_not_known(device: str) -> None:
+    with ConstantFolder() as constants:
+        mask = causal(4, device)
+        torch.autograd.graph.increment_version(mask)
+        later = ~mask
+        assert constants.value(mask) is None and constants.value(mask.t()) is None and constants.value(later) is None
+
+
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.inference_mode])
+def test_what_is_not_known(around: Callable[[], Any], device: str) -> None:
     given = torch.ones(4, dtype=torch.bool, device=device)
-    with Constants() as constants:
+    with around(), ConstantFolder() as constants:
         unknown = {
             "an input": given, "of an input": given & causal(4, device),
             "in a list with an input": torch.cat([causal(4, device), given[None]]),
             "a factory's, which kernels may have written to": torch.ones(4, dtype=torch.bool, device=device),
             "a view of a factory's": torch.ones(4, dtype=torch.bool, device=device)[1:],
+            "a factory's, as it was": torch.ones(4, dtype=torch.bool, device=device).to(device).contiguous().reshape(4),
             "random": torch.randint(0, 2, (4,), device=device) > 0, "of floating-point numbers": torch.rand(4, device=device) > 0.5,
             "with a generator": torch.randint(0, 2, (4,), device=device, generator=torch.Generator(device)) + 1,
             "not set": torch.empty(4, dtype=torch.bool, device=device) & True,
@@ -83,7 +94,7 @@ def test_what_is_not_known(device: str) -> None:
 
 
 def test_memory_that_is_used_again_is_not_taken_for_the_old(device: str) -> None:
-    with Constants() as constants:
+    with ConstantFolder() as constants:
         for n in range(40):
             known = constants.value(torch.arange(8, device=device) > n)
             assert known is not None and torch.equal(known, torch.arange(8) > n)
