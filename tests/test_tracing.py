@@ -544,6 +544,7 @@ def test_what_lies_between_empty_events_is_taken_off() -> None:
 
 def test_a_device_without_work_is_kept_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemsmode.tracing.clock._SURELY_BUSY_NS", 0)
+    monkeypatch.setattr("gemsmode.tracing.clock._STILL_BUSY_NS", 0)
     recorder, fake = device_recorder(keeps_busy=True)
     call(recorder)
     assert len(fake.naps) == 1
@@ -675,16 +676,23 @@ def streams_recorder(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, FakeStr
     return recorder, fake
 
 
-def test_a_call_asks_the_device_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a call costs on a GPU is mostly what is asked of CUDA: an event and its reading, and four questions of the host's own."""
+@pytest.mark.parametrize("number", [0, 7])
+@pytest.mark.parametrize("busy_ns", [0, 10**12])
+def test_a_call_asks_the_device_little(number: int, busy_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call costs on a GPU is mostly what is asked of CUDA: an event and its reading, and few questions of the host's own."""
     recorder, fake = streams_recorder(monkeypatch)
     monkeypatch.setattr(clock, "_SURELY_BUSY_NS", 0)
+    monkeypatch.setattr(clock, "_STILL_BUSY_NS", busy_ns)
+    fake.number = number
     call(recorder)
     fake.busy = True
     call(recorder, 8)
     fake.asked.clear()
     call(recorder, HARVEST_AT)
-    assert fake.asked == dict.fromkeys(("device", "stream", "capturing", "record"), HARVEST_AT) | {"query": HARVEST_AT + 1}
+    each = ("device", "stream", "record") if number == 0 else ("device", "stream", "record", "capturing")
+    # Until the host is 32 calls ahead it asks whether the device is busy still, and from then on where that is not clear.
+    queries = HARVEST_AT + 1 if not busy_ns else clock._AHEAD - 9 + 2
+    assert fake.asked == dict.fromkeys(each, HARVEST_AT) | {"query": queries}
     fake.busy = False
     fake.asked.clear()
     recorder.report()

@@ -37,6 +37,9 @@ _AHEAD_CYCLES = 3_500_000
 _SURELY_BUSY_NS = 1_000_000
 """For how long it is busy then at any clock rate up to 3.5 GHz, and need not be asked."""
 
+_STILL_BUSY_NS = _AHEAD * 1_000
+"""For how long a device is busy that has so many calls before it, and need not be asked: events alone take it 1 us a call."""
+
 _AT_ONCE_NS = 8_000
 """A call that begins so soon after the one before it has that call's end as its start: less than it takes to come from one
 to the other and to launch something between that the mode does not see, such as another library's kernel, whose time would
@@ -219,15 +222,16 @@ class DeviceClock:
         if lane is None and not self._module.is_initialized():
             return None
         device = self._device()
+        number = self._stream(device)
         call = Timed()
-        if self._capturing():
+        # The default stream, which is number 0, cannot be captured.
+        if number != 0 and self._capturing():
             call.lane, call.start, call.after = _Lane(device), None, None
             return call
-        number = self._stream(device)
         if lane is None or lane.number != number or lane.device != device:
             lane = thread.lane = self._lane(device, number)
         call.lane = lane
-        call.follows = now < lane.busy_until or not self._nap(lane)
+        call.follows = now < lane.busy_until or not self._nap(lane, now)
         last = self._last
         if last is not None and last is self._begun and last.lane is lane and call.follows and now - last.ended <= _AT_ONCE_NS:
             # Nothing can have come between the last call and this one.
@@ -256,11 +260,13 @@ class DeviceClock:
                 self._origins[device] = origin, time.perf_counter_ns()
         return lane
 
-    def _nap(self, lane: _Lane) -> bool:
+    def _nap(self, lane: _Lane, now: int) -> bool:
         """Give the device something to do if the host is not far enough ahead of it; whether it may have had nothing to do."""
         ahead = lane.ahead
         # The oldest of the last few calls, or, just after the device was kept busy, the newest: a value may have been asked for.
         if self._keep_busy is not None and ahead and not self._query(ahead[0] if len(ahead) == _AHEAD else ahead[-1]):
+            if len(ahead) == _AHEAD:
+                lane.busy_until = now + _STILL_BUSY_NS
             return False
         if self._keep_busy is not None:
             self._keep_busy(_AHEAD_CYCLES)
