@@ -22,7 +22,7 @@ from gemsmode.ops import binary, ternary, unary
 from gemsmode.ops.layout import is_dense
 from gemsmode.ops.pointwise import _apply, _how, _store, choose_flat
 from gemsmode.ops.promotion import ALL, FLOAT, TRITON, opmath
-from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, extent
+from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, contiguous_strides, extent
 from gemsmode.predicates import dtype_name
 from gemsmode.registry import aten_overloads, planned
 from gemsmode.signature import Call, TensorMeta, parameters
@@ -156,6 +156,8 @@ def _declare(name: str, function: Any, overloads: Sequence[str], **constants: fl
                 given = [(_ROLE[p.type], i) for i, p in enumerate(parameters(call.op))]
                 if function is binary.sub and any(bool in map(type, a if isinstance(a, tuple) else (a,)) for a in call.args[1:]):
                     raise Decline("PyTorch rejects it: subtraction of bools")
+                if given[0][0] == "number" and any(m.stride != contiguous_strides(m.shape) for m in call.args[1]):
+                    raise Decline("a result that PyTorch lays out otherwise than the list")
                 missing = function.arg_names[len(given):]
                 return _plan(call, function, [*given, *[("constant", constants[n]) for n in missing]])
 
@@ -166,6 +168,7 @@ _declare("_foreach_add", binary.add, _NUMBERED, alpha=1.0)
 _declare("_foreach_sub", binary.sub, _NUMBERED, alpha=1.0)
 _declare("_foreach_mul", binary.mul, _NUMBERED)
 _declare("_foreach_div", binary.div, _NUMBERED)
+_declare("_foreach_pow", binary._pow, ("Scalar", "List", "ScalarList", "ScalarAndTensor"))
 _declare("_foreach_maximum", binary.maximum, _NUMBERED)
 _declare("_foreach_minimum", binary.minimum, _NUMBERED)
 _declare("_foreach_clamp_min", binary.maximum, _NUMBERED)
