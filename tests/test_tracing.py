@@ -567,6 +567,27 @@ def test_a_device_without_work_is_kept_busy(monkeypatch: pytest.MonkeyPatch) -> 
     assert not has_note(without.report(), "kept busy")
 
 
+def test_it_is_said_that_the_host_is_the_limit() -> None:
+    for calls, step_ms, told in ((400, 1e-6, True), (50, 1e-6, False), (400, 1.0, False)):
+        recorder, fake = device_recorder()
+        fake.step = step_ms
+        call(recorder, calls)
+        report = recorder.report()
+        assert has_note(report, "the host is the limit here: 400 calls at") == told, (calls, step_ms)
+        assert has_note(report, "gemsmode.capture replays them") == told
+    untimed = Recorder(INTERPRETER)
+    call(untimed, 400)
+    assert not has_note(untimed.report(), "the host is the limit")
+
+
+def test_the_typical_host_time_leaves_out_first_calls() -> None:
+    timeline = Timeline(limit=10_000)
+    assert timeline.typical_host_ns() == 0
+    for i in range(1000):
+        timeline.add(0, i, 10**9 if i % 10 == 0 else 1 if i % 2 else 5, 7)
+    assert timeline.typical_host_ns() == 3 and timeline.typical_host_ns(most=77) == pytest.approx(3, rel=0.2)
+
+
 def test_calls_that_follow_each_other_are_placed_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemsmode.tracing.clock._AT_ONCE_NS", -1)
     recorder, fake = device_recorder(keeps_busy=True)

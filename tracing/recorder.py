@@ -27,6 +27,7 @@ from gemsmode.target import Target
 from gemsmode.tracing.clock import DeviceClock, OfThread, Timed
 from gemsmode.tracing.modules import ModuleTracker, Place
 from gemsmode.tracing.report import COMPUTE, Record, Report
+from gemsmode.tracing.sections import seconds
 from gemsmode.tracing.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 20_000
 """Rows kept per thread; beyond it, calls of new shapes share one row per op, decision and module."""
+
+FEW, HOST_BOUND = 100, 1.25
+"""Calls from which on it is said that the host is the limit, and how much longer than the device's its time must be: a host that
+is ahead waits for the device to take more, which counts as its time."""
 
 LISTED = 8
 """Tensors of a list argument (``cat``, ``_foreach_add``) whose shapes are part of a row's key."""
@@ -373,6 +378,12 @@ class Recorder:
         if device_s and clock is not None and clock.counts_waiting and sum(r.host_s for r in timed_records) > 0.8 * device_s:
             notes.append("the host is about as slow as the device here: device time is taken between two events around each call, and "
                          "includes what the device waited for the launch")
+        calls = sum(r.calls - r.captured for r in records)
+        host_s = calls * self.timeline.typical_host_ns() / 1e9
+        if device_s and clock is not None and calls >= FEW and host_s > HOST_BOUND * device_s:
+            notes.append(f"the host is the limit here: {calls:,} calls at {host_s / calls * 1e6:.0f} us take it about {seconds(host_s)}, "
+                         f"without the code between them, and the device computes for {seconds(device_s)}. gemsmode.capture replays them "
+                         "without the host, gemsmode.patch makes them fewer")
         if any(r.inputs == ("(various)",) for r in records):
             notes.append(f"more than {MAX_ROWS} different calls: later shapes are gathered as (various)")
         if self.timeline.dropped:
