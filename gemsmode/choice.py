@@ -773,7 +773,8 @@ def _untimed(target: Target) -> str:
         return "a CUDA graph is being captured"
     if _profiler_enabled():
         return "a profiler is looking"
-    if getattr(torch._C, "_cuda_isHistoryEnabled", lambda: False)():
+    # Without a driver a PyTorch that was built for CUDA raises when it is asked.
+    if torch.cuda.is_initialized() and getattr(torch._C, "_cuda_isHistoryEnabled", lambda: False)():
         return "memory is being traced"
     return ""
 

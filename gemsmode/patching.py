@@ -29,6 +29,7 @@ float32 they agree to about 1e-6.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import types
@@ -430,16 +431,48 @@ def _fused_rotary(function: types.FunctionType) -> Forward:
 @pattern("rotary")
 def _rotary(module: torch.nn.Module) -> Forward | None:
     own = type(module).forward
-    if not isinstance(own, types.FunctionType) or _ROTARY not in own.__code__.co_names:
+    inner = inspect.unwrap(own)
+    if not isinstance(inner, types.FunctionType) or _ROTARY not in inner.__code__.co_names:
         return None
-    function = own.__globals__.get(_ROTARY)
+    function = inner.__globals__.get(_ROTARY)
     if not isinstance(function, types.FunctionType):
         raise NotRecognised(f"its {_ROTARY} is not a plain function")
     # The same code, with another function under that name.
-    names = {**own.__globals__, _ROTARY: _fused_rotary(function)}
-    renamed = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    renamed.__kwdefaults__ = own.__kwdefaults__
-    return renamed
+    renamed = _copied(inner, {**inner.__globals__, _ROTARY: _fused_rotary(function)}, inner.__closure__)
+    return _decorated_like(own, inner, renamed)
+
+
+def _copied(function: types.FunctionType, names: dict[str, Any], closure: tuple[types.CellType, ...] | None) -> types.FunctionType:
+    copied = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copied, function, updated=())
+    del copied.__dict__["__wrapped__"]
+    return copied
+
+
+def _decorated_like(own: Any, inner: types.FunctionType, instead: types.FunctionType) -> types.FunctionType:
+    """``instead`` with the decorators (made with ``functools.wraps``) that make ``own`` of ``inner``.
+
+    Raises:
+        NotRecognised: a decorator does not keep what it decorates in a variable of its own.
+    """
+    if own is inner:
+        return instead
+    wrapped = own.__wrapped__
+    within = _decorated_like(wrapped, inner, instead)
+    cells = getattr(own, "__closure__", None) or ()
+    if not isinstance(own, types.FunctionType) or not any(_content(cell) is wrapped for cell in cells):
+        raise NotRecognised("its forward is decorated in a way that cannot be copied")
+    copied = _copied(own, own.__globals__, tuple(types.CellType(within) if _content(cell) is wrapped else cell for cell in cells))
+    copied.__dict__["__wrapped__"] = within
+    return copied
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 # -- a layer whose norms come first: residual and norm -----------------------------------------------------------------

@@ -48,13 +48,17 @@ def _number_dtype(cls: type, default: torch.dtype) -> torch.dtype:
     return {bool: torch.bool, int: torch.int64, float: default}.get(cls, complex_default)
 
 
+# PyTorch 2.14 has complex numbers of two bfloat16.
+_COMPLEX_OF_16 = {torch.float16: torch.complex32, torch.bfloat16: getattr(torch, "bcomplex32", torch.complex64)}
+
+
 def _combine(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dtype | None:
     if higher is None or lower is None:
         return higher or lower
     if higher.is_complex:
         return higher
     if higher.is_floating_point:
-        return torch.promote_types(higher, torch.complex32 if higher == torch.float16 else torch.complex64) if lower.is_complex else higher
+        return torch.promote_types(higher, _COMPLEX_OF_16.get(higher, torch.complex64)) if lower.is_complex else higher
     if higher == torch.bool or lower.is_floating_point or lower.is_complex:
         return torch.promote_types(higher, lower)
     return higher

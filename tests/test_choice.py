@@ -235,9 +235,12 @@ def test_not_under_a_profiler_nor_while_memory_is_traced(x: torch.Tensor, spy: S
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
             torch.exp(x)
         monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: True, raising=False)
+        initialized = torch.cuda.is_initialized
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         torch.exp(x)
         assert timer.seen == 0 and spy.take() == ["aten.exp.default"] * 2
         monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: False, raising=False)
+        monkeypatch.setattr(torch.cuda, "is_initialized", initialized)
         torch.exp(x)
     assert timer.seen == 1 and spy.take() == []
 

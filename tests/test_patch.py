@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -230,6 +232,65 @@ def test_an_attention_with_another_rotary_embedding_is_left() -> None:
                              (print, "not a plain function")):
         report = gemsmode.patch(with_function(function))
         assert reason in report.left[0].reason and not report.changes
+
+
+def renames(old: str, new: str) -> Callable[[Any], Any]:
+    """A decorator as transformers has them for arguments with new names."""
+    def decorate(function: Any) -> Any:
+        @functools.wraps(function)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return renamed
+
+    return decorate
+
+
+class Counted:
+    """A decorator that keeps its function as an attribute."""
+
+    def __init__(self, function: Any) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        return self if owner is None else types.MethodType(self, owner)
+
+
+@pytest.mark.parametrize("kind", ["functions", "an object"])
+def test_an_attention_with_decorators(kind: str) -> None:
+    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        turned = [torch.cat((-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]), -1) for x in (q, k)]
+        return q * cos + turned[0] * sin, k * cos + turned[1] * sin
+
+    source = """
+def forward(self, x, cos, sin, *, scale=1.0):
+    q, k = apply_rotary_pos_emb(x, x, cos, sin)
+    return scale * (q + k)
+"""
+    names: dict[str, Any] = {"apply_rotary_pos_emb": apply_rotary_pos_emb}
+    exec(source, names)
+    decorated = renames("factor", "scale")(renames("x_first", "x")(names["forward"])) if kind == "functions" else Counted(names["forward"])
+    attention = type("Attention", (nn.Module,), {"forward": decorated})()
+    x, cos, sin = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    expected = attention(x, cos, sin, scale=2.0)
+    report = gemsmode.patch(attention)
+    if kind == "an object":
+        assert not report.changes and "decorated in a way that cannot be copied" in report.left[0].reason
+        return
+    assert [c.pattern for c in report.changes] == ["rotary"]
+    with GemsMode(trace=True) as gems, torch.no_grad():
+        got = attention(x_first=x, cos=cos, sin=sin, factor=2.0)
+    torch.testing.assert_close(got, expected)
+    assert any("rotary" in r.overload for r in gems.report.records), [r.overload for r in gems.report.records]
+    gemsmode.unpatch(attention)
+    torch.testing.assert_close(attention(x, cos=cos, sin=sin, factor=2.0), expected)
 
 
 def test_a_forward_that_was_replaced_already_is_left() -> None:

@@ -61,8 +61,8 @@ def test_lists_of_operands(values: list[Any]) -> None:
 
     numbers = [v for v in values if not isinstance(v, torch.Tensor)]
     _, expected = utils.elementwise_dtypes(*values, type_promotion_kind=utils.ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT)
-    if any(isinstance(n, complex) for n in numbers) and any(isinstance(v, torch.Tensor) and v.dtype == torch.float16 for v in values):
-        return  # complex32, which the utility and the kernels of PyTorch treat differently
+    if any(isinstance(n, complex) for n in numbers) and any(isinstance(v, torch.Tensor) and v.dtype.itemsize == 2 for v in values):
+        return  # complex numbers of 16 bits each, which the utility and the kernels of PyTorch treat differently
     assert result_type([as_call_sees(v) for v in values]) == expected
 
 
@@ -70,7 +70,13 @@ def test_real_additions_agree() -> None:
     """What ``torch.add`` itself returns, tensors and numbers mixed."""
     for a, b in itertools.product(OPERANDS, OPERANDS):
         if isinstance(a, torch.Tensor):
-            assert result_type([as_call_sees(a), as_call_sees(b)]) == torch.add(a, b).dtype, (a, b)
+            try:
+                expected = torch.add(a, b).dtype
+            except NotImplementedError:
+                # Of complex numbers of two bfloat16 PyTorch 2.14 adds none.
+                assert torch.result_type(a, b) == getattr(torch, "bcomplex32", None), (a, b)
+                continue
+            assert result_type([as_call_sees(a), as_call_sees(b)]) == expected, (a, b)
 
 
 def test_every_dtype_has_a_triton_type_and_a_dtype_to_compute_in() -> None:
