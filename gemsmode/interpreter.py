@@ -2,6 +2,8 @@
 
 - Triton's own ``@triton.jit`` functions are made callable from interpreted kernels whenever Triton was imported.
 - bfloat16 is rounded to nearest even, reached from any dtype, and taken for a float by ``tl.dot``.
+- What a comparison gives is known to be boolean, and not of its operands' type, in which it would become a mask of integers
+  (which Triton 3.9 does not take) or be read as a bfloat16.
 - A loop's bounds may be computed: numpy 2.4 no longer turns an array of one element and one dimension into a number.
 - On every call of a ``@triton.jit`` function, nested ones included, the interpreter looks through all members of
   ``triton.language`` to find what it has to replace. That is most of the time of a small kernel: a product of 500
@@ -72,6 +74,21 @@ def _correct_bfloat16() -> None:
     dot = InterpreterBuilder.create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+
+
+def _correct_comparisons() -> None:
+    """Give a comparison's result the type of booleans; the interpreter's own gives it that of the operands."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.binary_op
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        result = original(self, lhs, rhs, op)
+        return TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
+    InterpreterBuilder.binary_op = binary_op
 
 
 def _correct_index() -> None:
@@ -146,5 +163,6 @@ def install() -> None:
     """Put all of this in force, once."""
     _convert_triton_library()
     _correct_bfloat16()
+    _correct_comparisons()
     _correct_index()
     _quicken()

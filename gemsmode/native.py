@@ -175,7 +175,6 @@ def numbers_of_host(args: Iterable[Any]) -> bool:
 @functools.cache
 def key_of_parts(op: OpOverload, device_type: str) -> torch._C.DispatchKey:
     """The dispatch key under which the implementation of a composite ``op`` by other ops is registered."""
-    # FSDP's copies are written in Python, once for each device.
     return getattr(torch._C.DispatchKey, device_type.upper() if op.namespace == "fsdp" else "CompositeImplicitAutograd")
 
 
@@ -184,10 +183,12 @@ def is_composite(op: Any) -> bool:
     """Whether ``op`` is implemented by other ops alone, so that it can be taken apart below autograd."""
     if not isinstance(op, OpOverload):
         return False
-    if str(op) in REFERENCES or op.namespace == "fsdp":
+    if str(op) in REFERENCES:
         return True
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     try:
+        if op.namespace == "fsdp":  # whose copies are written in Python, once for each device; what is written in C++ is not
+            return all(has(op.name(), key) for key in ("CPU", "CUDA", "Meta"))
         return has(op.name(), "CompositeImplicitAutograd") and not any(has(op.name(), key) for key in ("CPU", "CUDA"))
     except RuntimeError:  # an op of TorchScript alone, such as prim.device, which the dispatcher does not know
         return False

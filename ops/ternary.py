@@ -124,6 +124,8 @@ def _check_clamp(call: Call, common: torch.dtype) -> None:
         raise Decline("PyTorch rejects it: neither min nor max")
     for limit in call.args[1:]:
         require_fits(limit, common)
+        if common == torch.uint8 and limit is not None and limit < 0:
+            raise Decline("a negative limit of unsigned integers, which wraps around before PyTorch 2.15 and limits nothing since")
 
 
 def _check_clamp_tensor(call: Call, common: torch.dtype) -> None:

@@ -136,8 +136,10 @@ class Counting(TorchDispatchMode):
             return func(*args, **(kwargs or {}))  # shapes being worked out on fake tensors
         if any(t.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for t in types):
             return NotImplemented
-        key = DEVICE.upper() if func.namespace == "fsdp" else "CompositeImplicitAutograd" if func is torch.ops.aten.narrow.default else ""
-        if key:  # FSDP's copies are written in Python, below autograd: what they call is counted
+        key = "CompositeImplicitAutograd" if func is torch.ops.aten.narrow.default else ""
+        if func.namespace == "fsdp" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Meta"):
+            key = DEVICE.upper()
+        if key:  # FSDP's copies are written in Python (those with a kernel for "meta"), below autograd: what they call is counted
             with self:
                 return func._op_dk(getattr(torch._C.DispatchKey, key), *args, **(kwargs or {}))
         self.calls[str(func)] += 1
