@@ -30,10 +30,10 @@ def on_gpu(shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] |
     return TensorMeta(dtype, shape, stride or contiguous_strides(shape), torch.device("cuda", 0))
 
 
-def compile_calls(calls: Sequence[tuple[str, tuple[Any, ...]]], target: str, folder: Path, step: int = 1) -> int:
+def compile_calls(calls: Sequence[tuple[str, tuple[Any, ...]]], target: str, folder: Path) -> int:
     """Plan and compile ``(op, arguments in schema order)`` calls in a process of its own; the number of kernels.
 
-    A default run compiles every ``step``-th of them, for sm_90 alone: test_compile takes one of each kernel, for other GPUs, too.
+    A default run compiles them for sm_90 alone: test_compile takes some of each kernel for the other GPUs.
 
     Raises:
         AssertionError: a call is not served, does not compile, or spills.
@@ -41,8 +41,6 @@ def compile_calls(calls: Sequence[tuple[str, tuple[Any, ...]]], target: str, fol
     support.skip_compiling_for_a_gpu_that_is_present()
     if harness.OPTIONS.brief and target != "cuda:90":
         pytest.skip("compiled with --generated")
-    if harness.OPTIONS.brief:
-        calls = calls[::step]
     jobs = [Job(str(find_op(name)), args, f"call {i}", True, True) for i, (name, args) in enumerate(calls)]
     path, results = folder / "jobs.pickle", folder / "rows.json"
     path.write_bytes(pickle.dumps(jobs))

@@ -2,7 +2,7 @@
 
 The calls planned for are OpInfo's, with their tensors' metadata moved to a GPU, in several dtypes and layouts and scaled
 up; elementwise ops get shapes of their own for each path through their kernels. A default run compiles each kernel for
-sm_90 and one of sm_80, sm_100 and gfx942, and half of the functions of elementwise ops for one of the four;
+sm_90, gfx942 and one of sm_80 and sm_100, and half of the functions of elementwise ops for one of the four;
 ``--generated`` compiles each function and a fifth of the launch choices for sm_90, and ``--full`` everything.
 """
 

@@ -254,4 +254,4 @@ def gpu_calls() -> list[tuple[str, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("target", ["cuda:90", "cuda:80", "cuda:100", "hip:gfx942"])
 def test_kernels_compile_at_gpu_sizes(target: str, tmp_path: Any) -> None:
-    assert compile_calls(gpu_calls(), target, tmp_path, step=3) >= (13 if harness.OPTIONS.brief else 40)
+    assert compile_calls(gpu_calls(), target, tmp_path) >= 40
