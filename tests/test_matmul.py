@@ -412,8 +412,9 @@ def test_every_class_of_launch_compiles_without_spills(target: str, request: pyt
     persistent = {"tile_kernel", "finish_kernel"} if target in ("cuda:90", "cuda:100") else set()
     turning = {"turn_kernel"} if target == "cuda:90" else set()
     assert len(rows) >= 20 and {r[2] for r in rows} == {"gemm_kernel", "matvec_kernel", "combine_kernel"} | persistent | turning
-    # What versions of Triton make of float32 tiles differs by a few registers: 24 bytes of stack at most, by 3.9.
-    spilling = [r for r in rows if r[5] > (0 if r[1] != "float32" else 32)]
+    # Triton 3.9 keeps up to 24 bytes of stack in float32 tiles, where the versions before it need none.
+    newer = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9)
+    spilling = [r for r in rows if r[5] > (24 if newer and r[1] == "float32" else 0)]
     assert not spilling, "spills"
     limit = {"cuda:90": 227, "cuda:80": 163, "cuda:100": 227, "hip:gfx942": 64}[target] * 1024
     assert not [r for r in rows if r[4] > limit], "more shared memory than there is"
