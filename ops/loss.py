@@ -338,9 +338,8 @@ def _only_pointwise_writes(call: Call, plan: Callable[[], Plan]) -> Plan:
 
 @planned("aten.mse_loss_backward.default", dtype(*FLOAT), family="loss", kernel=mse_gradient)
 def mse_loss_backward(call: Call) -> Plan:
-    if call.target.device_type != "cpu":
-        _same_dtype(call, "grad_output", "self", "target")
-    common = result_type([call["grad_output"], call["self"], call["target"]])
+    # Of several, versions of PyTorch and its kernels for CPUs and GPUs take different ones.
+    common = _same_dtype(call, "grad_output", "self", "target")
     return _loss_backward(call, mse_gradient, ("grad_output", "self", "target"), common, contiguous_strides(call["self"].shape))
 
 
