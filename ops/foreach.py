@@ -91,6 +91,7 @@ def _plan(call: Call, function: Any, roles: Sequence[tuple[str, Any]], dtypes: S
     compute = opmath(dtype)
     kind = "fp64" if compute == torch.float64 else "fp32"
     kinds: list[tuple[int, torch.dtype, torch.dtype]] = []
+    of_lists = ("list", "scalars")
     strides: list[tuple[int, ...]] = []
     refs: dict[Arg, TensorMeta] = {}
     for role, index in roles:
@@ -99,16 +100,13 @@ def _plan(call: Call, function: Any, roles: Sequence[tuple[str, Any]], dtypes: S
             raise Decline("a tensor operand that is not a floating-point scalar")
         if role == "numbers" and len(call.args[index]) != len(metas):
             raise Decline("PyTorch rejects it: as many numbers as tensors are needed")
-        kinds.append((0 if role in ("list", "scalars") or is_tensor else 1, dtype, compute))
+        kinds.append((0 if role in of_lists or is_tensor else 1, dtype, compute))
         strides.append((0,) if is_tensor or role == "scalars" else ())
         if is_tensor:
             refs[Arg(index)] = call.args[index]
 
     def operand(role: str, index: Any, k: int) -> Any:
-        if role == "list":
-            refs[Arg(index, k)] = metas[k]
-            return Arg(index, k)
-        if role == "scalars":
+        if role in of_lists:
             refs[Arg(index, k)] = call.args[index][k]
             return Arg(index, k)
         if role == "tensor" and Arg(index) in refs:
