@@ -6,11 +6,12 @@ can be read from the device; but what a constant holds can be worked out on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from gemsmode.signature import parameters
 
 _DTYPES = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _MAX_NUMEL = 1 << 26
@@ -46,18 +47,21 @@ class ConstantFolder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, dict[tuple[Any, ...], _Made]] = {}
+        self._made: dict[int | None, dict[tuple[Any, ...], _Made]] = {}
+        self._values: dict[int, tuple[_Made, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func._schema.is_mutable:
-            for argument, value in _given(func, args, kwargs):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in _tensors(value):
-                        self._made.pop(_memory(tensor), None)
+            for i, parameter in enumerate(parameters(func)):
+                if parameter.is_written:
+                    written = args[i] if i < len(args) else kwargs.get(parameter.name)
+                    for tensor in written if isinstance(written, (list, tuple)) else (written,):
+                        if tensor is not None:
+                            self._made.pop(_memory(tensor), None)
         elif (isinstance(result, torch.Tensor) and result.dtype in _DTYPES and result.numel() <= _MAX_NUMEL and func not in _UNSET
-              and torch.Tag.nondeterministic_seeded not in func.tags and type(result) is torch.Tensor):
+              and torch.Tag.nondeterministic_seeded not in func.tags and type(result) is torch.Tensor and _memory(result) is not None):
             sources: list[_Made] = []
             try:
                 own_args, own_kwargs = self._of_constants(args, sources), self._of_constants(kwargs, sources)
@@ -94,29 +98,15 @@ class ConstantFolder(TorchDispatchMode):
         made = self._made.get(_memory(tensor), {}).get(_place(tensor))
         if made is None or not made.computed or not made.is_unchanged():
             return None
-        with _disable_current_modes(), torch.no_grad():
-            return _again(made, {})
+        if id(made) not in self._values:
+            with _disable_current_modes(), torch.no_grad():
+                self._values[id(made)] = made, _again(made, {})
+        return self._values[id(made)][1]
 
 
-def _given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """The arguments of a call with their declarations."""
-    for i, argument in enumerate(func._schema.arguments):
-        if i < len(args):
-            yield argument, args[i]
-        elif argument.name in kwargs:
-            yield argument, kwargs[argument.name]
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _tensors(v)
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _memory(tensor: torch.Tensor) -> int | None:
+    """What tells a tensor's memory from others'; None of layouts that have no one memory, such as sparse ones."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -93,6 +93,15 @@ def test_what_is_not_known(around: Callable[[], Any], device: str) -> None:
             assert constants.value(tensor) is None, what
 
 
+def test_tensors_that_are_not_strided_do_no_harm(device: str) -> None:
+    with ConstantFolder() as constants:
+        sparse = torch.eye(3, dtype=torch.int64, device=device).to_sparse()
+        sparse.mul_(2)
+        made = sparse.to_dense() + 1
+        assert constants.value(made) is None and constants.value(sparse) is None
+    assert made.tolist() == [[3, 1, 1], [1, 3, 1], [1, 1, 3]]
+
+
 def test_memory_that_is_used_again_is_not_taken_for_the_old(device: str) -> None:
     with ConstantFolder() as constants:
         for n in range(40):
