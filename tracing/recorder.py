@@ -379,8 +379,8 @@ class Recorder:
             notes.append("the host is about as slow as the device here: device time is taken between two events around each call, and "
                          "includes what the device waited for the launch")
         calls = sum(r.calls - r.captured for r in records)
-        host_s = calls * self.timeline.typical_host_ns() / 1e9
-        if device_s and clock is not None and calls >= FEW and host_s > HOST_BOUND * device_s:
+        host_s = calls * self.timeline.typical_host_ns() / 1e9 if device_s and calls >= FEW else 0.0
+        if host_s > HOST_BOUND * device_s:
             notes.append(f"the host is the limit here: {calls:,} calls at {host_s / calls * 1e6:.0f} us take it about {seconds(host_s)}, "
                          f"without the code between them, and the device computes for {seconds(device_s)}. gemsmode.capture replays them "
                          "without the host, gemsmode.patch makes them fewer")

@@ -67,7 +67,7 @@ class Timeline:
         Args:
             most: how many calls are looked at.
         """
-        count = len(self)
+        count = min(len(self), len(self._bytes) // _SIZE)  # another thread may have an index and not yet the room for it
         lengths = sorted(_ENTRY.unpack_from(self._bytes, i * _SIZE)[2] for i in range(0, count, max(1, -(-count // most))))
         return sum(min(length, lengths[len(lengths) * 3 // 4]) for length in lengths) / len(lengths) if lengths else 0.0
 
