@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import dataclasses
 import gc
 import html
@@ -458,6 +459,12 @@ def test_compiled_regions_are_noted() -> None:
 # -- device time -------------------------------------------------------------------------------------------------------
 
 
+def always_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the time between two calls, as this machine may be slow."""
+    for name in ("_AT_ONCE", "_AT_ONCE_NS", "_AT_ONCE_MOST_NS"):
+        monkeypatch.setattr(clock, name, 10**12)
+
+
 class FakeDevice:
     """Stands for ``torch.cuda``: a clock that moves 1 ms per recorded event, and says when somebody waits."""
 
@@ -518,7 +525,7 @@ def test_device_events_are_pooled_and_read_at_the_end() -> None:
     recorder, fake = device_recorder()
     call(recorder, 3 * HARVEST_AT + 10)
     assert fake.waits == 0
-    assert fake.made == 2 * HARVEST_AT + 1
+    assert fake.made == 2 * HARVEST_AT + 2  # one for the place of all, one that the next call might have begun with
     (record,) = recorder.report().records
     assert fake.waits == 1
     assert (record.calls, record.device_calls) == (3 * HARVEST_AT + 10,) * 2
@@ -589,7 +596,8 @@ def test_the_typical_host_time_leaves_out_first_calls() -> None:
 
 
 def test_calls_that_follow_each_other_are_placed_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemsmode.tracing.clock._AT_ONCE_NS", -1)
+    monkeypatch.setattr(clock, "_AT_ONCE_NS", -1)
+    monkeypatch.setattr(clock, "_AT_ONCE_MOST_NS", -1)
     recorder, fake = device_recorder(keeps_busy=True)
     call(recorder)
     fake.busy = True
@@ -607,7 +615,7 @@ def test_calls_that_follow_each_other_are_placed_end_to_end(monkeypatch: pytest.
 
 
 def test_a_call_that_begins_at_once_has_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemsmode.tracing.clock._AT_ONCE_NS", 10**12)
+    always_at_once(monkeypatch)
     recorder, fake = device_recorder(keeps_busy=True)
     call(recorder)
     fake.busy = True
@@ -623,7 +631,8 @@ def test_a_call_that_begins_at_once_has_one_event(monkeypatch: pytest.MonkeyPatc
     call(recorder)
     fake.busy = False
     (first,), (second,) = ([r for r in recorder.report().records if bool(r.inputs) == on_cpu] for on_cpu in (False, True))
-    assert (first.calls, first.device_calls) == (2 * HARVEST_AT + 8,) * 2 and (second.calls, second.device_calls) == (1, 0)
+    # The outer one is not timed, as those within it are.
+    assert (first.calls, first.device_calls) == (2 * HARVEST_AT + 8, 2 * HARVEST_AT + 7) and (second.calls, second.device_calls) == (1, 0)
     entries = [e for e in recorder.timeline.entries() if e.device_start >= 0]
     chained = entries[:2 * HARVEST_AT + 1]
     assert all(e.device_ns == 1_000_000 for e in chained)
@@ -636,7 +645,113 @@ def test_a_call_that_begins_at_once_has_one_event(monkeypatch: pytest.MonkeyPatc
     call(recorder, HARVEST_AT - 1)
     fake.busy = False
     assert fake.made == made
-    assert sum(r.device_calls for r in recorder.report().records) == 3 * HARVEST_AT + 7
+    assert sum(r.device_calls for r in recorder.report().records) == 3 * HARVEST_AT + 6
+
+
+class Ticks:
+    """A clock that moves when it is looked at."""
+
+    def __init__(self, tick_ns: int) -> None:
+        self.now, self.tick_ns = 0, tick_ns
+
+    def perf_counter_ns(self) -> int:
+        self.now += self.tick_ns
+        return self.now
+
+
+@pytest.mark.parametrize("tick_ns", [500, 1000, 2000, 4000])
+def test_at_once_means_what_this_host_can(tick_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, fake = device_recorder(keeps_busy=True)
+    ticks = Ticks(tick_ns)
+    monkeypatch.setattr(clock, "time", ticks)
+    monkeypatch.setattr("gemsmode.tracing.recorder.time", ticks)
+    call(recorder)
+    fake.busy = True
+    call(recorder, HARVEST_AT)
+    fake.busy = False
+    call(recorder, HARVEST_AT)  # the first are read, and with them how long recording takes
+    fake.busy = True
+    recorded = fake.now
+    call(recorder, 100)
+    assert fake.now - recorded == 100
+    for _ in range(100):
+        ticks.now += 3 * tick_ns  # as if something were launched between
+        call(recorder)
+    assert fake.now - recorded == 300
+
+
+def test_what_the_mode_does_not_see_is_not_counted(device: str) -> None:
+    if not device.startswith("cuda"):
+        pytest.skip("needs a device that is timed by events")
+    x = torch.ones(8, 8, device=device)
+    with GemsMode():
+        torch.relu(x)  # compiled before anything is timed
+    with GemsMode(trace=True) as mode:
+        for _ in range(1000):
+            torch.relu(x)
+            torch.cuda._sleep(50_000)
+    report = mode.report
+    (record,) = (r for r in report.records if "relu" in r.overload)
+    assert record.calls == record.device_calls == 1000
+    assert record.device_s is not None and record.device_s < 1000 * 5e-6  # of some 30 us that each sleep takes
+
+
+class FakeDriver:
+    """The two functions of CUDA's driver that take events, and the events of PyTorch that they are given."""
+
+    def __init__(self, refuses: bool) -> None:
+        self.made, self.recorded, self.asked = list[Any](), Counter[Any](), Counter[str]()
+        driver = self
+
+        class Event:
+            def __init__(self) -> None:
+                driver.made.append(self)
+                self.cuda_event = 2**40 + len(driver.made)
+
+            def record(self) -> None:
+                driver.recorded[self.cuda_event] += 1
+
+            def query(self) -> bool:
+                return True
+
+            def elapsed_time(self, other: Event) -> float:
+                return 2.0
+
+        class Function:
+            def __init__(self, name: str, run: Any) -> None:
+                self.name, self.run = name, run
+
+            def __call__(self, *args: Any) -> int:
+                assert len(args) == len(self.argtypes)
+                driver.asked[self.name] += 1
+                return 201 if refuses else self.run(*args)
+
+            argtypes: tuple[Any, ...] = ()
+
+        def record(event: int, stream: int) -> int:
+            self.recorded[event, stream] += 1
+            return 0
+
+        def elapsed(place: int, start: int, end: int) -> int:
+            ctypes.c_float.from_address(place).value = 3.0
+            return 0
+
+        self.events = clock._events_by_driver(Event, Function("record", record), Function("elapsed", elapsed))
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_events_by_cudas_driver(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, recorder, fake = FakeDriver(refuses), Recorder(INTERPRETER), FakeDevice()
+    fake._sleep = lambda cycles: None
+    monkeypatch.setattr(clock, "_runtime", lambda module: clock._Runtime(lambda: 0, lambda device: 7, lambda: False, *driver.events))
+    recorder._clock = DeviceClock(fake, recorder.timeline)
+    call(recorder, HARVEST_AT)
+    (record,) = recorder.report().records
+    assert record.device_calls == HARVEST_AT and {e.device_ns for e in recorder.timeline.entries()} == {2_000_000 if refuses else 3_000_000}
+    asked = sum(driver.recorded[event.cuda_event, 7] for event in driver.made)
+    otherwise = sum(driver.recorded[event.cuda_event] - 1 for event in driver.made)  # but for the first, which gives it a number
+    assert (asked, otherwise) == ((0, driver.asked["record"]) if refuses else (driver.asked["record"], 0))
+    assert driver.asked["record"] > HARVEST_AT
 
 
 def test_a_busy_device_is_not_waited_for() -> None:
@@ -683,16 +798,17 @@ class FakeStreams(FakeDevice):
 
         return clock._Runtime(
             counted("device", self.current_device), counted("stream", lambda device: self.number),
-            counted("capturing", self.is_current_stream_capturing), counted("record", lambda event, stream: event.record()),
+            counted("capturing", self.is_current_stream_capturing), lambda: self.Event(enable_timing=True),
+            counted("record", lambda event, stream: event.record()), lambda event: event.record(),
             counted("query", lambda event: event.query()),
-            lambda pairs: [counted("length", start.elapsed_time)(end) for start, end in pairs])
+            lambda calls: [counted("length", call[0].elapsed_time)(call[1]) for call in calls])
 
 
 def streams_recorder(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, FakeStreams]:
     fake, recorder = FakeStreams(), Recorder(INTERPRETER)
     fake._sleep = lambda cycles: fake.naps.append(fake.now)
     monkeypatch.setattr(clock, "_runtime", fake.runtime)
-    monkeypatch.setattr(clock, "_AT_ONCE_NS", 10**12)
+    always_at_once(monkeypatch)
     recorder._clock = DeviceClock(fake, recorder.timeline)
     return recorder, fake
 

@@ -40,64 +40,97 @@ _SURELY_BUSY_NS = 1_000_000
 _STILL_BUSY_NS = _AHEAD * 1_000
 """For how long a device is busy that has so many calls before it, and need not be asked: events alone take it 1 us a call."""
 
-_AT_ONCE_NS = 8_000
-"""A call that begins so soon after the one before it has that call's end as its start: less than it takes to come from one
-to the other and to launch something between that the mode does not see, such as another library's kernel, whose time would
-be counted with the call's."""
+_AT_ONCE = 2.8
+"""A call that begins so many times as late after the one before it as recording that one's end took, or sooner, has that
+end as its start. On hosts of an H200, as fast or slow as they were, it took 2.2 times as long to come from one call to the next
+(2.5 times in one of ten), and 3.4 times or longer to launch something between that the mode does not see, such as another
+library's kernel, whose time would be counted with the call's."""
+
+_AT_ONCE_NS = 7_000
+"""How soon that is until it has been measured."""
+
+_AT_ONCE_MOST_NS = 12_000
+"""How soon it is at most."""
 
 
-_Pairs = Sequence[tuple[Any, Any]]
+_Pending = tuple[Any, Any, bool, Any, int, int, int]
+"""A call whose events have been recorded and not been read yet: its start and end, whether the device went to it from the call
+before, of this lane, without a pause, its row, when it began (ns of ``time.perf_counter_ns``), its host time in ns, and how
+long recording its end took, in ns."""
 
 
 class _Runtime(NamedTuple):
     """The functions of a device's runtime that every call needs, with nothing around them that need not be.
 
-    ``stream`` gives the number of a device's current stream: None where streams are not told apart. ``lengths`` gives the
-    milliseconds between the events of each pair.
+    ``event`` makes an event; ``stream`` gives the number of a device's current stream, None where streams are not told apart;
+    ``record`` gives something true if it failed, when ``record_else`` must; ``lengths`` gives the milliseconds from start to end
+    of each call.
     """
 
     device: Callable[[], int]
     stream: Callable[[int], int | None]
     capturing: Callable[[], bool]
-    record: Callable[[Any, Any], None]
+    event: Callable[[], Any]
+    record: Callable[[Any, int | None], Any]
+    record_else: Callable[[Any], None]
     query: Callable[[Any], bool]
-    lengths: Callable[[_Pairs], list[float]]
+    lengths: Callable[[Sequence[Sequence[Any]]], list[float]]
 
 
 def _runtime(module: Any) -> _Runtime:
-    """The runtime behind ``torch.cuda`` or ``torch.xpu``.
+    """The runtime behind ``torch.cuda`` or ``torch.xpu``."""
 
-    The public functions of ``torch.cuda`` ask each time whether CUDA has been initialized and make a new object for the
-    current stream, which costs more than recording the event; here both are done once.
-    """
+    def make() -> Any:
+        return module.Event(enable_timing=True)
+
     if module is not torch.cuda or not torch.cuda.is_available():
         capturing = getattr(module, "is_current_stream_capturing", lambda: False)
-        return _Runtime(module.current_device, lambda device: None, capturing, lambda event, stream: event.record(),
-                        lambda event: event.query(), lambda pairs: [start.elapsed_time(end) for start, end in pairs])
-    event = torch._C._CudaEventBase
-
-    def lengths(pairs: _Pairs) -> list[float]:
-        return [event.elapsed_time(start, end) for start, end in pairs]
-
-    return _Runtime(torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream, torch._C._cuda_isCurrentStreamCapturing, event.record,
-                    event.query, lengths if torch.version.hip else _lengths_by_driver(lengths))
-
-
-def _lengths_by_driver(otherwise: Callable[[_Pairs], list[float]]) -> Callable[[_Pairs], list[float]]:
-    """What ``Event.elapsed_time`` gives, asked of CUDA's driver, which needs one call where PyTorch makes three: it asks first
-    whether each event has happened. ``otherwise`` where there is no such function, or it fails."""
+        return _Runtime(module.current_device, lambda device: None, capturing, *_events(make))
+    # The public functions ask each time whether CUDA has been initialized.
+    ask = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream, torch._C._cuda_isCurrentStreamCapturing
     try:
-        function = ctypes.PyDLL("libcuda.so.1").cuEventElapsedTime
+        # Recording waits while a stream's queue is full, and must let other threads run meanwhile; reading does not wait.
+        record, elapsed = ctypes.CDLL("libcuda.so.1").cuEventRecord, ctypes.PyDLL("libcuda.so.1").cuEventElapsedTime
     except (OSError, AttributeError):
-        return otherwise
-    function.argtypes = (ctypes.c_void_p,) * 3
+        return _Runtime(*ask, *_events(make))
+    return _Runtime(*ask, *_events_by_driver(make, record, elapsed))
+
+
+_Events = tuple[Callable[[], Any], Callable[[Any, int | None], Any], Callable[[Any], None], Callable[[Any], bool],
+                Callable[[Sequence[Sequence[Any]]], list[float]]]
+"""The last five functions of a :class:`_Runtime`."""
+
+
+def _events(make: Callable[[], Any]) -> _Events:
+    def record(event: Any, stream: int | None = None) -> None:
+        event.record()
+
+    return make, record, record, lambda event: event.query(), lambda calls: [call[0].elapsed_time(call[1]) for call in calls]
+
+
+def _events_by_driver(make: Callable[[], Any], record: Any, elapsed: Any) -> _Events:
+    """Events as CUDA's driver knows them, which are numbers.
+
+    ``torch.cuda.Event`` takes 1.2 times as long to record and to read one: it asks for the current stream and device, and
+    whether both events have happened. The events are PyTorch's all the same, which does it where the driver refuses: a
+    thread may have made another context current.
+    """
+    record.argtypes, elapsed.argtypes = (ctypes.c_void_p,) * 2, (ctypes.c_void_p,) * 3
+    events: dict[int, Any] = {}
     value = ctypes.c_float()
     place = ctypes.addressof(value)
 
-    def lengths(pairs: _Pairs) -> list[float]:
-        return [otherwise([(start, end)])[0] if function(place, start.cuda_event, end.cuda_event) else value.value for start, end in pairs]
+    def event() -> int:
+        made = make()
+        made.record()  # an event has no number before, nor a new thread a context
+        number: int = made.cuda_event
+        events[number] = made
+        return number
 
-    return lengths
+    def lengths(calls: Sequence[Sequence[Any]]) -> list[float]:
+        return [events[call[0]].elapsed_time(events[call[1]]) if elapsed(place, call[0], call[1]) else value.value for call in calls]
+
+    return event, record, lambda event: events[event].record(), lambda event: events[event].query(), lengths
 
 
 class OfThread:
@@ -113,52 +146,37 @@ class _Lane:
     """The calls of one thread on one stream.
 
     Attributes:
-        number, stream: the current stream, as :class:`_Runtime` gives it and as events are recorded on it; None where streams
-            are not told apart.
+        number: the current stream, as :class:`_Runtime` gives it; None where streams are not told apart.
         pool: events that can be used again.
-        pending: calls whose events have been recorded and not been read yet, oldest first.
+        pending, read: calls that have not been read yet, oldest first; how many have.
+        placed: the indices on the timeline of the first of them, of those that are there already.
         ahead: starts of the last few calls on the device, of every lane.
         busy_until: until when the stream surely has work, in ns of ``time.perf_counter_ns``.
         harvest_at: how many calls are pending when those that have happened are read next.
+        begun, ended: the call that began last, and the one that ended last.
+        end, ended_at: the end of that one, and when it had been recorded.
+        at_once: how soon after the end of a call another begins "at once", in ns.
+        unclear: the end of the call that was read last: it goes back into the pool unless the next call begins with it.
     """
 
-    __slots__ = ("ahead", "busy_until", "device", "harvest_at", "number", "pending", "pool", "stream", "thread")
+    __slots__ = ("ahead", "at_once", "begun", "busy_until", "device", "end", "ended", "ended_at", "harvest_at", "number", "pending",
+                 "placed", "pool", "read", "thread", "unclear")
 
-    def __init__(self, device: int, number: int | None = None, stream: Any = None, ahead: deque[Any] | None = None) -> None:
-        self.device, self.number, self.stream, self.thread = device, number, stream, threading.get_ident()
+    def __init__(self, device: int, number: int | None = None, ahead: deque[Any] | None = None) -> None:
+        self.device, self.number, self.thread = device, number, threading.get_ident()
         self.ahead: deque[Any] = deque() if ahead is None else ahead
         self.pool: list[Any] = []
-        self.pending: list[Timed] = []
-        self.busy_until, self.harvest_at = 0, HARVEST_AT
+        self.pending: list[_Pending] = []
+        self.placed: list[int] = []
+        self.busy_until, self.read, self.harvest_at, self.at_once = 0, 0, HARVEST_AT, _AT_ONCE_NS
+        self.begun: Begun | None = None
+        self.ended: Begun | None = None
+        self.end, self.ended_at, self.unclear = None, 0, None
 
 
-class Timed:
-    """A call on a device; made without arguments, since one is made for each call.
-
-    Attributes:
-        lane: where it runs.
-        start, end: its events; ``start`` is None while a graph is being captured, when nothing is timed.
-        after: the call whose end ``start`` is, which began and ended just before.
-        shared: whether ``end`` is the start of the call after it, too, which then puts it back into the pool.
-        follows: whether the device went from the call before, of this lane, to this one without a pause.
-        ended: when ``end`` had been recorded, in ns of ``time.perf_counter_ns``.
-        row, began, host_ns: what the timeline is told of it, and whose ``device_ns`` is added to.
-        place: its index on the timeline; None until it is there.
-    """
-
-    __slots__ = ("after", "began", "end", "ended", "follows", "host_ns", "lane", "place", "row", "shared", "start")
-
-    after: Timed | None
-    began: int
-    end: Any
-    ended: int
-    follows: bool
-    host_ns: int
-    lane: _Lane
-    place: int | None
-    row: Any
-    shared: bool
-    start: Any
+Begun = tuple[_Lane, Any, bool, bool]
+"""A call under way: its lane; its start, None while a graph is being captured, when nothing is timed; whether that is the end of
+the call before; and whether the device went from that call, of this lane, to this one without a pause."""
 
 
 class DeviceClock:
@@ -177,6 +195,8 @@ class DeviceClock:
     :meth:`start` and :meth:`stop` are most of what tracing costs and take no lock: a lane is its thread's own. What other
     threads may do, reading its calls for a report, leaves the end of its last one alone, with which the next may just begin.
 
+    A call in which others of its thread begin is not timed, since they are.
+
     Args:
         module: ``torch.cuda`` or ``torch.xpu``.
         timeline: told when each call ran.
@@ -189,15 +209,16 @@ class DeviceClock:
 
     def __init__(self, module: Any, timeline: Timeline) -> None:
         self._module, self._timeline = module, timeline
-        self._device, self._stream, self._capturing, self._record, self._query, self._lengths = _runtime(module)
+        (self._device, self._stream, self._capturing, self._event, self._record, self._record_else, self._query,
+         self._lengths) = _runtime(module)
         self._keep_busy: Callable[[int], None] | None = getattr(module, "_sleep", None)
         self.kept_busy = 0
         self.gap_ns: int | None = None
         self._lanes: dict[tuple[int, int, int | None], _Lane] = {}
         self._ahead: dict[int, deque[Any]] = {}
         self._origins: dict[int, tuple[Any, int]] = {}
-        self._begun: Timed | None = None
-        self._last: Timed | None = None
+        self._begun: Begun | None = None
+        self._ended: Begun | None = None
         self._lock = threading.Lock()
 
     @property
@@ -212,10 +233,7 @@ class DeviceClock:
             return None
         return cls(torch.cuda if target.device_type == "cuda" else torch.xpu, timeline)
 
-    def _event(self) -> Any:
-        return self._module.Event(enable_timing=True)
-
-    def start(self, thread: OfThread) -> Timed | None:
+    def start(self, thread: OfThread) -> Begun | None:
         """Record an event before a call; None if the device has not been used yet."""
         now = time.perf_counter_ns()
         lane = thread.lane  # mostly the one of this call, too
@@ -223,26 +241,23 @@ class DeviceClock:
             return None
         device = self._device()
         number = self._stream(device)
-        call = Timed()
         # The default stream, which is number 0, cannot be captured.
         if number != 0 and self._capturing():
-            call.lane, call.start, call.after = _Lane(device), None, None
-            return call
+            return _Lane(device), None, False, False
         if lane is None or lane.number != number or lane.device != device:
             lane = thread.lane = self._lane(device, number)
-        call.lane = lane
-        call.follows = now < lane.busy_until or not self._nap(lane, now)
-        last = self._last
-        if last is not None and last is self._begun and last.lane is lane and call.follows and now - last.ended <= _AT_ONCE_NS:
-            # Nothing can have come between the last call and this one.
-            last.shared = True
-            call.after, start = last, last.end
+        follows = now < lane.busy_until or not self._nap(lane, now)
+        last = self._ended
+        # With no other call between, and no time for anything else.
+        at_once = follows and last is self._begun and last is lane.ended and last is not None and now - lane.ended_at <= lane.at_once
+        if at_once:
+            start = lane.end
         else:
-            call.after, start = None, lane.pool.pop() if lane.pool else self._event()
-            self._record(start, lane.stream)
-        call.start = start
+            start = lane.pool.pop() if lane.pool else self._event()
+            if self._record(start, number):
+                self._record_else(start)
         lane.ahead.append(start)
-        self._begun = call
+        call = self._begun = lane.begun = lane, start, at_once, follows
         return call
 
     def _lane(self, device: int, number: int | None) -> _Lane:
@@ -251,14 +266,18 @@ class DeviceClock:
             key = threading.get_ident(), device, number
             lane = self._lanes.get(key)
             if lane is None:
-                stream = None if number is None else self._module.current_stream(device)
-                ahead = self._ahead.setdefault(device, deque[Any](maxlen=_AHEAD))
-                lane = self._lanes[key] = _Lane(device, number, stream, ahead)
+                lane = self._lanes[key] = _Lane(device, number, self._ahead.setdefault(device, deque[Any](maxlen=_AHEAD)))
+                lane.pool.append(self._event())
             if device not in self._origins:
-                origin = self._event()
-                self._record(origin, lane.stream)
+                origin = lane.pool.pop()
+                self._put(origin, number)
                 self._origins[device] = origin, time.perf_counter_ns()
         return lane
+
+    def _put(self, event: Any, number: int | None) -> None:
+        """Record an event, where time does not count."""
+        if self._record(event, number):
+            self._record_else(event)
 
     def _nap(self, lane: _Lane, now: int) -> bool:
         """Give the device something to do if the host is not far enough ahead of it; whether it may have had nothing to do."""
@@ -275,78 +294,82 @@ class DeviceClock:
             lane.busy_until = time.perf_counter_ns() + _SURELY_BUSY_NS
         return True
 
-    def stop(self, call: Timed, row: Any, began: int, host_ns: int) -> bool:
+    def stop(self, call: Begun, row: Any, began: int, host_ns: int) -> bool:
         """Record an event after the call, which goes to the timeline, and its time on the device to ``row``, once it has happened;
         False if it is not timed."""
-        if call.start is None:
+        lane, start, _, follows = call
+        if start is None:
             row.captured += 1
             return False
         # PyTorch's own ops cannot begin a capture; what a library of ops does inside is not known.
-        if row.foreign and self._capturing():
+        if lane.begun is not call or (row.foreign and self._capturing()):
             self.give_back(call)
             return False
-        lane = call.lane
         pool, pending = lane.pool, lane.pending
-        end = call.end = pool.pop() if pool else self._event()
-        self._record(end, lane.stream)
-        call.row, call.began, call.host_ns, call.place, call.shared = row, began, host_ns, None, False
-        last = self._last
-        if self._begun is not call or last is None or last.lane is not lane:
-            call.follows = False  # another call began within this one, or one of another lane came between
-        pending.append(call)
+        end = pool.pop() if pool else self._event()
+        if self._record(end, lane.number):
+            self._record_else(end)
+        if self._begun is not call or self._ended is not lane.ended:
+            follows = False  # a call of another lane came between
+        now = lane.ended_at = time.perf_counter_ns()
+        pending.append((start, end, follows, row, began, host_ns, now - began - host_ns))
+        lane.end = end
+        lane.ended = self._ended = call
         if len(pending) >= lane.harvest_at:
             self.harvest(lane)
-        self._last = call
-        call.ended = time.perf_counter_ns()
+            lane.ended_at = time.perf_counter_ns()
         return True
 
-    def give_back(self, call: Timed) -> None:
+    def give_back(self, call: Begun) -> None:
         """Put the event of a call that is not to be timed back into the pool."""
-        if call.after is not None:
-            call.after.shared = False
-        elif call.start is not None:
-            call.lane.pool.append(call.start)
+        lane, start, at_once, _ = call
+        if start is not None and not at_once:
+            lane.pool.append(start)
 
-    def harvest(self, lane: _Lane, until: Timed | None = None) -> None:
-        """Read the calls of a lane that have happened, some at once: those up to ``until``, which surely have, or all but the last."""
+    def harvest(self, lane: _Lane, until: int | None = None) -> None:
+        """Read the calls of a lane that have happened, some at once: the first ``until`` of all there were, which surely have."""
         with self._lock:
             pending = lane.pending
-            left = len(pending) - 1 if until is None else pending.index(until) + 1 if until in pending else 0
+            left = len(pending) if until is None else until - lane.read
             while left > 0:
                 block = pending[:min(_BLOCK, left)]
                 # Of one stream, the last that has happened answers for all before it.
-                if until is None and not all(self._query(call.end) for call in (block if lane.stream is None else block[-1:])):
+                if until is None and not all(self._query(call[1]) for call in (block if lane.number is None else block[-1:])):
                     break
                 self._read(lane, block)
                 del pending[:len(block)]
+                lane.read += len(block)
                 left -= len(block)
             lane.harvest_at = max(HARVEST_AT, len(pending) + _BLOCK)
 
-    def _read(self, lane: _Lane, block: list[Timed]) -> None:
-        lengths = self._lengths([(call.start, call.end) for call in block])
+    def _read(self, lane: _Lane, block: list[_Pending]) -> None:
+        pool, placed = lane.pool, lane.placed[:len(block)]
+        del lane.placed[:len(block)]
         at: int | None = None
-        for call, ms in zip(block, lengths):
-            row, length = call.row, int(ms * 1e6)
+        new: list[int] = []
+        for (start, end, follows, row, began, host_ns, _), ms in zip(block, self._lengths(block)):
+            length = int(ms * 1e6)
             row.device_ns += length
             row.device_calls += 1
-            if at is None or not call.follows:
+            if at is None or not follows:
                 origin, then = self._origins[lane.device]
-                at = then + int(self._lengths([(origin, call.start)])[0] * 1e6)
-            if call.place is None:
-                self._timeline.add(row.number, call.began, call.host_ns, lane.thread, at, length)
+                at = then + int(self._lengths([(origin, start)])[0] * 1e6)
+            if placed:
+                self._timeline.on_device(placed.pop(0), at, length)
             else:
-                self._timeline.on_device(call.place, at, length)
+                new += row.number, began, host_ns, lane.thread, at, length
             at += length
-            call.after = None
-            lane.pool.append(call.start)
-            # Tested in this order: once there is a later call, it is settled whether that began with this one's end.
-            if call is not lane.pending[-1] and not call.shared:
-                lane.pool.append(call.end)
+            if lane.unclear is not None and lane.unclear != start:
+                pool.append(lane.unclear)
+            pool.append(start)
+            lane.unclear = end
+        self._timeline.extend(new)
+        lane.at_once = min(int(_AT_ONCE * min([call[-1] for call in block])), _AT_ONCE_MOST_NS)
 
     def finish(self) -> bool:
         """Wait for the device and read everything; False, with nothing read, while a graph is being captured."""
         with self._lock:
-            until = [(lane, lane.pending[-1]) for lane in self._lanes.values() if lane.pending]
+            until = [(lane, lane.read + len(lane.pending)) for lane in self._lanes.values() if lane.pending]
         if not until:
             return True
         if self._capturing():
@@ -354,9 +377,8 @@ class DeviceClock:
             return False
         for device in {lane.device for lane, _ in until}:
             self._module.synchronize(device)
-        for lane, call in until:
-            self.harvest(lane, call)
-        self._last = None  # whose end may have been read and is in no pool
+        for lane, calls in until:
+            self.harvest(lane, calls)
         if self.gap_ns is None:
             self.gap_ns = self._gap()
         return True
@@ -365,9 +387,8 @@ class DeviceClock:
         """Put the calls on the timeline that cannot be read yet."""
         with self._lock:
             for lane in self._lanes.values():
-                for call in lane.pending:
-                    if call.place is None:
-                        call.place = self._timeline.add(call.row.number, call.began, call.host_ns, lane.thread)
+                for _, _, _, row, began, host_ns, _ in lane.pending[len(lane.placed):]:
+                    lane.placed.append(self._timeline.add(row.number, began, host_ns, lane.thread))
 
     def _gap(self) -> int:
         """What a pair of events adds to the kernel between them, in ns: what it takes around a kernel that does nothing,
@@ -379,9 +400,9 @@ class DeviceClock:
         pairs = [(self._event(), self._event()) for _ in range(_PAIRS)]
         self._keep_busy(_AHEAD_CYCLES)
         for start, end in pairs:
-            self._record(start, lane.stream)
+            self._put(start, lane.number)
             self._keep_busy(0)
-            self._record(end, lane.stream)
+            self._put(end, lane.number)
         self._module.synchronize(device)
         with self._lock:
             length = sorted(self._lengths(pairs))[_PAIRS // 2]

@@ -24,7 +24,7 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from gemsmode.handlers import Decision
 from gemsmode.native import numbers_of_host
 from gemsmode.target import Target
-from gemsmode.tracing.clock import DeviceClock, OfThread, Timed
+from gemsmode.tracing.clock import Begun, DeviceClock, OfThread
 from gemsmode.tracing.modules import ModuleTracker, Place
 from gemsmode.tracing.report import COMPUTE, Record, Report
 from gemsmode.tracing.sections import seconds
@@ -47,7 +47,7 @@ LISTED = 8
 _APART_BECAUSE = {"view": "a view, an allocation or metadata", "comm": "communication between processes",
                   "host": "0-dim CPU tensors alone: numbers that PyTorch keeps on the host"}
 
-Token = tuple["_Buffer", Any, Timed | None, int]
+Token = tuple["_Buffer", Any, Begun | None, int]
 _current_graph_task_id = torch._C._current_graph_task_id
 
 
@@ -246,7 +246,7 @@ class Recorder:
         row.host_ns += host_ns
         if timed is not None:
             assert self._clock is not None
-            if device is not None and device != timed.lane.device:
+            if device is not None and device != timed[0].device:
                 self._clock.give_back(timed)  # the events were on another device than the call
             elif self._clock.stop(timed, row, began, host_ns):
                 return
