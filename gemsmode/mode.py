@@ -272,18 +272,19 @@ class GemsMode(TorchDispatchMode):
                 return run
 
             def fixed(*args: Any, **kwargs: Any) -> Any:
-                token = recorder.begin(op, decision)
+                given = (*args, *kwargs.values())
+                token = recorder.begin(op, decision, given)
                 try:
                     return run(*args, **kwargs)
                 finally:
-                    recorder.end(token, op, decision, (*args, *kwargs.values()))
+                    recorder.end(token, op, decision, given)
 
             return fixed
         # As an untraced call is found, by functions of this op's own, in whose plans each decision is told with the call.
         plans: dict[Any, Callable[..., Any]] = {}
 
         def served(decided: Decided, signature: object, *args: Any) -> Any:
-            token = recorder.begin(op, decided.decision)
+            token = recorder.begin(op, decided.decision, args, signature)
             try:
                 return decided.run(*args)
             except Exception as error:

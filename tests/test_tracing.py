@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import ctypes
 import dataclasses
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import skip_in_company
+from support import skip_in_company, skip_without_cuda
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -479,7 +480,7 @@ class FakeDevice:
                 assert enable_timing
                 device.made += 1
 
-            def record(self) -> None:
+            def record(self, stream: Any) -> None:
                 assert not device.capturing
                 device.now += device.step
                 self.at = device.now
@@ -498,6 +499,12 @@ class FakeDevice:
 
     def current_device(self) -> int:
         return 0
+
+    def current_stream(self, device: int) -> str:
+        return f"of {device}"
+
+    def device(self, index: int) -> Any:
+        return contextlib.nullcontext()
 
     def is_current_stream_capturing(self) -> bool:
         return self.capturing
@@ -518,14 +525,15 @@ def device_recorder(keeps_busy: bool = False) -> tuple[Recorder, FakeDevice]:
 def call(recorder: Recorder, n: int = 1, args: tuple[Any, ...] = ()) -> None:
     op, decision = torch.ops.aten.add.Tensor, Decision("rule", "add", bytes=10)
     for _ in range(n):
-        recorder.end(recorder.begin(op, decision), op, decision, args)
+        recorder.end(recorder.begin(op, decision, args), op, decision, args)
 
 
 def test_device_events_are_pooled_and_read_at_the_end() -> None:
     recorder, fake = device_recorder()
     call(recorder, 3 * HARVEST_AT + 10)
     assert fake.waits == 0
-    assert fake.made == 2 * HARVEST_AT + 2  # one for the place of all, one that the next call might have begun with
+    # Two a call, one for the place of all, and two more since the next call might have begun with the end of the last.
+    assert fake.made == 2 * HARVEST_AT + 3
     (record,) = recorder.report().records
     assert fake.waits == 1
     assert (record.calls, record.device_calls) == (3 * HARVEST_AT + 10,) * 2
@@ -620,10 +628,9 @@ def test_a_call_that_begins_at_once_has_one_event(monkeypatch: pytest.MonkeyPatc
     call(recorder)
     fake.busy = True
     call(recorder, 2 * HARVEST_AT)
-    assert fake.made == 2 * HARVEST_AT + 3  # one for the place of all, one start, and the ends
+    assert fake.made == 2 * HARVEST_AT + 3 + 2  # one for the place of all, one start, and the ends; and two in reserve
     op, decision = torch.ops.aten.add.Tensor, Decision("rule", "add", bytes=10)
-    elsewhere = [torch.empty(1)]
-    recorder.end(recorder.begin(op, decision), op, decision, tuple(elsewhere))  # on another device: not timed
+    call(recorder, args=(torch.empty(1),))  # on the CPU: not timed
     call(recorder, 3)
     outer = recorder.begin(op, decision)
     call(recorder, 2)
@@ -696,62 +703,106 @@ def test_what_the_mode_does_not_see_is_not_counted(device: str) -> None:
     assert record.device_s is not None and record.device_s < 1000 * 5e-6  # of some 30 us that each sleep takes
 
 
-class FakeDriver:
-    """The two functions of CUDA's driver that take events, and the events of PyTorch that they are given."""
+class FakeCuda(FakeDevice):
+    """Stands for ``torch.cuda`` with two devices, of which number 0 is current, and for the functions of its driver that take
+    events, which refuse events of the other device on a default stream."""
 
-    def __init__(self, refuses: bool) -> None:
-        self.made, self.recorded, self.asked = list[Any](), Counter[Any](), Counter[str]()
-        driver = self
+    def __init__(self) -> None:
+        super().__init__()
+        self._sleep = lambda cycles: None
+        self.recorded = Counter[str]()
+        device, events = self, dict[int, Any]()
 
         class Event:
-            def __init__(self) -> None:
-                driver.made.append(self)
-                self.cuda_event = 2**40 + len(driver.made)
+            def __init__(self, enable_timing: bool) -> None:
+                self.cuda_event = 2**40 + len(events)
+                events[self.cuda_event] = self
 
-            def record(self) -> None:
-                driver.recorded[self.cuda_event] += 1
+            def record(self, stream: str) -> None:
+                device.now += device.step
+                self.at, self.stream = device.now, stream
+                device.recorded["by PyTorch"] += 1
 
             def query(self) -> bool:
                 return True
 
             def elapsed_time(self, other: Event) -> float:
-                return 2.0
+                assert self.stream == other.stream
+                return other.at - self.at
 
         class Function:
-            def __init__(self, name: str, run: Any) -> None:
-                self.name, self.run = name, run
+            def __init__(self, run: Any) -> None:
+                self.run, self.argtypes = run, tuple[Any, ...]()
 
             def __call__(self, *args: Any) -> int:
                 assert len(args) == len(self.argtypes)
-                driver.asked[self.name] += 1
-                return 201 if refuses else self.run(*args)
-
-            argtypes: tuple[Any, ...] = ()
+                return self.run(*args)
 
         def record(event: int, stream: int) -> int:
-            self.recorded[event, stream] += 1
+            if stream == 0 and events[event].stream != "of 0":
+                return 400
+            device.now += device.step
+            events[event].at = device.now
+            device.recorded["by the driver"] += 1
             return 0
 
         def elapsed(place: int, start: int, end: int) -> int:
-            ctypes.c_float.from_address(place).value = 3.0
+            if events[start].stream != "of 0":
+                return 400
+            ctypes.c_float.from_address(place).value = events[end].at - events[start].at
             return 0
 
-        self.events = clock._events_by_driver(Event, Function("record", record), Function("elapsed", elapsed))
+        self.Event = Event
+        self.events = clock._events_by_driver(self, Function(record), Function(elapsed))
 
 
-@pytest.mark.parametrize("refuses", [False, True])
-def test_events_by_cudas_driver(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver, recorder, fake = FakeDriver(refuses), Recorder(INTERPRETER), FakeDevice()
-    fake._sleep = lambda cycles: None
-    monkeypatch.setattr(clock, "_runtime", lambda module: clock._Runtime(lambda: 0, lambda device: 7, lambda: False, *driver.events))
+class OnDevice(torch.Tensor):
+    """An empty tensor that says it is on a device."""
+
+    index = 0
+
+    def get_device(self) -> int:
+        return self.index
+
+
+@pytest.mark.parametrize("number", [0, 7])
+def test_events_by_cudas_driver(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on several GPUs runs most of its layers while another device is the current one."""
+    fake, recorder = FakeCuda(), Recorder(INTERPRETER)
+    runtime = clock._Runtime(lambda: 0, lambda device: number, lambda: False, *fake.events)
+    monkeypatch.setattr(clock, "_runtime", lambda module: runtime)
+    monkeypatch.setattr(clock, "_AT_ONCE_NS", -1)
+    monkeypatch.setattr(clock, "_AT_ONCE_MOST_NS", -1)
     recorder._clock = DeviceClock(fake, recorder.timeline)
-    call(recorder, HARVEST_AT)
-    (record,) = recorder.report().records
-    assert record.device_calls == HARVEST_AT and {e.device_ns for e in recorder.timeline.entries()} == {2_000_000 if refuses else 3_000_000}
-    asked = sum(driver.recorded[event.cuda_event, 7] for event in driver.made)
-    otherwise = sum(driver.recorded[event.cuda_event] - 1 for event in driver.made)  # but for the first, which gives it a number
-    assert (asked, otherwise) == ((0, driver.asked["record"]) if refuses else (driver.asked["record"], 0))
-    assert driver.asked["record"] > HARVEST_AT
+    first, second = (torch.empty(n).as_subclass(OnDevice) for n in (2, 3))
+    second.index = 1
+    for args in ((first,), ([torch.empty(1), second],)):
+        call(recorder, HARVEST_AT, args)
+        fake.recorded.clear()
+        call(recorder, HARVEST_AT, args)
+        # Two were made, as the end of the last call that was read might have been the start of the next.
+        refused = number == 0 and args != (first,)
+        assert fake.recorded == ({"by PyTorch": 2 * HARVEST_AT + 2} if refused else {"by PyTorch": 2, "by the driver": 2 * HARVEST_AT})
+    assert {lane.device for lane in recorder._clock._lanes.values()} == {0, 1}
+    for record in recorder.report().records:
+        assert record.device_calls == 2 * HARVEST_AT and record.device_s == pytest.approx(2 * HARVEST_AT * 1e-3)
+    assert all(e.device_ns == 1_000_000 for e in recorder.timeline.entries())
+
+
+def test_calls_on_two_gpus(device: str) -> None:
+    skip_without_cuda(device, gpus=2)
+    tensors = [torch.randn(n, device=f"cuda:{i}") for i, n in enumerate((2**26, 2**25))]
+    with GemsMode():
+        for x in tensors:
+            torch.relu(x)
+    with GemsMode(trace=True) as mode:
+        for _ in range(300):
+            results = [torch.relu(x) for x in tensors]  # the second on a device that is not the current one
+    assert all(torch.equal(result, x.clamp(min=0)) for result, x in zip(results, tensors))
+    first, second = sorted((r for r in mode.report.records if "relu" in r.overload), key=lambda r: -(r.bytes or 0))
+    assert first.device_calls == second.device_calls == 300
+    assert first.device_s is not None and second.device_s is not None
+    assert 1.6 < first.device_s / second.device_s < 2.4
 
 
 def test_a_busy_device_is_not_waited_for() -> None:
@@ -785,9 +836,6 @@ class FakeStreams(FakeDevice):
         super().__init__()
         self.number, self.asked = 7, Counter[str]()
 
-    def current_stream(self, device: int) -> str:
-        return f"stream {self.number}"
-
     def runtime(self, module: Any) -> clock._Runtime:
         def counted(name: str, function: Any) -> Any:
             def asked(*args: Any) -> Any:
@@ -798,8 +846,8 @@ class FakeStreams(FakeDevice):
 
         return clock._Runtime(
             counted("device", self.current_device), counted("stream", lambda device: self.number),
-            counted("capturing", self.is_current_stream_capturing), lambda: self.Event(enable_timing=True),
-            counted("record", lambda event, stream: event.record()), lambda event: event.record(),
+            counted("capturing", self.is_current_stream_capturing), lambda device: self.Event(enable_timing=True),
+            counted("record", lambda event, stream: event.record(stream)), lambda event, device: event.record(device),
             counted("query", lambda event: event.query()),
             lambda calls: [counted("length", call[0].elapsed_time)(call[1]) for call in calls])
 
@@ -871,13 +919,13 @@ def test_reports_while_another_thread_calls(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(lane.pool) == len(set(map(id, lane.pool)))
 
 
-def test_calls_on_another_device_take_host_time() -> None:
+def test_calls_on_the_cpu_take_host_time() -> None:
     recorder, fake = device_recorder()
     recorder.target = gemsmode.target.Target("cuda", "cuda", 90, present=False)
     call(recorder, 4, (torch.ones(2),))
     (record,) = recorder.report().records
     assert record.device_s is None and record.time_s == record.host_s > 0
-    assert fake.made == 2  # the origin and one that goes back and forth
+    assert fake.made == 0
 
 
 def test_rates_come_from_what_rules_state() -> None:

@@ -62,17 +62,17 @@ long recording its end took, in ns."""
 class _Runtime(NamedTuple):
     """The functions of a device's runtime that every call needs, with nothing around them that need not be.
 
-    ``event`` makes an event; ``stream`` gives the number of a device's current stream, None where streams are not told apart;
-    ``record`` gives something true if it failed, when ``record_else`` must; ``lengths`` gives the milliseconds from start to end
-    of each call.
+    ``stream`` gives the number of a device's current stream, None where streams are not told apart; ``event`` makes an event of a
+    device; ``record`` puts one on a stream, or gives something true, when ``record_else`` must put it on its device's current
+    stream; ``lengths`` gives the milliseconds from start to end of each call.
     """
 
     device: Callable[[], int]
     stream: Callable[[int], int | None]
     capturing: Callable[[], bool]
-    event: Callable[[], Any]
+    event: Callable[[int], Any]
     record: Callable[[Any, int | None], Any]
-    record_else: Callable[[Any], None]
+    record_else: Callable[[Any, int], None]
     query: Callable[[Any], bool]
     lengths: Callable[[Sequence[Sequence[Any]]], list[float]]
 
@@ -80,49 +80,45 @@ class _Runtime(NamedTuple):
 def _runtime(module: Any) -> _Runtime:
     """The runtime behind ``torch.cuda`` or ``torch.xpu``."""
 
-    def make() -> Any:
-        return module.Event(enable_timing=True)
-
     if module is not torch.cuda or not torch.cuda.is_available():
         capturing = getattr(module, "is_current_stream_capturing", lambda: False)
-        return _Runtime(module.current_device, lambda device: None, capturing, *_events(make))
+        return _Runtime(module.current_device, lambda device: None, capturing, *_events(module))
     # The public functions ask each time whether CUDA has been initialized.
     ask = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream, torch._C._cuda_isCurrentStreamCapturing
     try:
         # Recording waits while a stream's queue is full, and must let other threads run meanwhile; reading does not wait.
         record, elapsed = ctypes.CDLL("libcuda.so.1").cuEventRecord, ctypes.PyDLL("libcuda.so.1").cuEventElapsedTime
     except (OSError, AttributeError):
-        return _Runtime(*ask, *_events(make))
-    return _Runtime(*ask, *_events_by_driver(make, record, elapsed))
+        return _Runtime(*ask, *_events(module))
+    return _Runtime(*ask, *_events_by_driver(module, record, elapsed))
 
 
-_Events = tuple[Callable[[], Any], Callable[[Any, int | None], Any], Callable[[Any], None], Callable[[Any], bool],
+_Events = tuple[Callable[[int], Any], Callable[[Any, int | None], Any], Callable[[Any, int], None], Callable[[Any], bool],
                 Callable[[Sequence[Sequence[Any]]], list[float]]]
 """The last five functions of a :class:`_Runtime`."""
 
 
-def _events(make: Callable[[], Any]) -> _Events:
-    def record(event: Any, stream: int | None = None) -> None:
-        event.record()
+def _events(module: Any) -> _Events:
+    return (lambda device: module.Event(enable_timing=True), lambda event, stream: True,
+            lambda event, device: event.record(module.current_stream(device)), lambda event: event.query(),
+            lambda calls: [call[0].elapsed_time(call[1]) for call in calls])
 
-    return make, record, record, lambda event: event.query(), lambda calls: [call[0].elapsed_time(call[1]) for call in calls]
 
-
-def _events_by_driver(make: Callable[[], Any], record: Any, elapsed: Any) -> _Events:
+def _events_by_driver(module: Any, record: Any, elapsed: Any) -> _Events:
     """Events as CUDA's driver knows them, which are numbers.
 
     ``torch.cuda.Event`` takes 1.2 times as long to record and to read one: it asks for the current stream and device, and
     whether both events have happened. The events are PyTorch's all the same, which does it where the driver refuses: a
-    thread may have made another context current.
+    default stream is always that of the current device.
     """
     record.argtypes, elapsed.argtypes = (ctypes.c_void_p,) * 2, (ctypes.c_void_p,) * 3
     events: dict[int, Any] = {}
     value = ctypes.c_float()
     place = ctypes.addressof(value)
 
-    def event() -> int:
-        made = make()
-        made.record()  # an event has no number before, nor a new thread a context
+    def event(device: int) -> int:
+        made = module.Event(enable_timing=True)
+        made.record(module.current_stream(device))  # an event has no number before, nor a new thread a context
         number: int = made.cuda_event
         events[number] = made
         return number
@@ -130,7 +126,8 @@ def _events_by_driver(make: Callable[[], Any], record: Any, elapsed: Any) -> _Ev
     def lengths(calls: Sequence[Sequence[Any]]) -> list[float]:
         return [events[call[0]].elapsed_time(events[call[1]]) if elapsed(place, call[0], call[1]) else value.value for call in calls]
 
-    return event, record, lambda event: events[event].record(), lambda event: events[event].query(), lengths
+    return (event, record, lambda event, device: events[event].record(module.current_stream(device)),
+            lambda event: events[event].query(), lengths)
 
 
 class OfThread:
@@ -233,19 +230,23 @@ class DeviceClock:
             return None
         return cls(torch.cuda if target.device_type == "cuda" else torch.xpu, timeline)
 
-    def start(self, thread: OfThread) -> Begun | None:
-        """Record an event before a call; None if the device has not been used yet."""
+    def start(self, thread: OfThread, device: int | None) -> Begun | None:
+        """Record an event before a call on a device, the current one by default; None if none has been used yet."""
         now = time.perf_counter_ns()
         lane = thread.lane  # mostly the one of this call, too
         if lane is None and not self._module.is_initialized():
             return None
-        device = self._device()
+        if device is None:
+            device = self._device()
         number = self._stream(device)
         # The default stream, which is number 0, cannot be captured.
         if number != 0 and self._capturing():
             return _Lane(device), None, False, False
         if lane is None or lane.number != number or lane.device != device:
             lane = thread.lane = self._lane(device, number)
+        pool = lane.pool
+        if len(pool) < 2:
+            pool += self._event(device), self._event(device)  # not after the start: making one may take the device time
         follows = now < lane.busy_until or not self._nap(lane, now)
         last = self._ended
         # With no other call between, and no time for anything else.
@@ -253,9 +254,9 @@ class DeviceClock:
         if at_once:
             start = lane.end
         else:
-            start = lane.pool.pop() if lane.pool else self._event()
+            start = pool.pop()
             if self._record(start, number):
-                self._record_else(start)
+                self._record_else(start, device)
         lane.ahead.append(start)
         call = self._begun = lane.begun = lane, start, at_once, follows
         return call
@@ -267,17 +268,16 @@ class DeviceClock:
             lane = self._lanes.get(key)
             if lane is None:
                 lane = self._lanes[key] = _Lane(device, number, self._ahead.setdefault(device, deque[Any](maxlen=_AHEAD)))
-                lane.pool.append(self._event())
             if device not in self._origins:
-                origin = lane.pool.pop()
-                self._put(origin, number)
+                origin = self._event(device)
+                self._put(origin, lane)
                 self._origins[device] = origin, time.perf_counter_ns()
         return lane
 
-    def _put(self, event: Any, number: int | None) -> None:
+    def _put(self, event: Any, lane: _Lane) -> None:
         """Record an event, where time does not count."""
-        if self._record(event, number):
-            self._record_else(event)
+        if self._record(event, lane.number):
+            self._record_else(event, lane.device)
 
     def _nap(self, lane: _Lane, now: int) -> bool:
         """Give the device something to do if the host is not far enough ahead of it; whether it may have had nothing to do."""
@@ -288,7 +288,8 @@ class DeviceClock:
                 lane.busy_until = now + _STILL_BUSY_NS
             return False
         if self._keep_busy is not None:
-            self._keep_busy(_AHEAD_CYCLES)
+            with self._module.device(lane.device):
+                self._keep_busy(_AHEAD_CYCLES)
             self.kept_busy += 1
             ahead.clear()
             lane.busy_until = time.perf_counter_ns() + _SURELY_BUSY_NS
@@ -305,10 +306,10 @@ class DeviceClock:
         if lane.begun is not call or (row.foreign and self._capturing()):
             self.give_back(call)
             return False
-        pool, pending = lane.pool, lane.pending
-        end = pool.pop() if pool else self._event()
+        pending = lane.pending
+        end = lane.pool.pop()
         if self._record(end, lane.number):
-            self._record_else(end)
+            self._record_else(end, lane.device)
         if self._begun is not call or self._ended is not lane.ended:
             follows = False  # a call of another lane came between
         now = lane.ended_at = time.perf_counter_ns()
@@ -397,12 +398,12 @@ class DeviceClock:
             return 0
         device = self._device()
         lane = self._lane(device, self._stream(device))
-        pairs = [(self._event(), self._event()) for _ in range(_PAIRS)]
+        pairs = [(self._event(device), self._event(device)) for _ in range(_PAIRS)]
         self._keep_busy(_AHEAD_CYCLES)
         for start, end in pairs:
-            self._put(start, lane.number)
+            self._put(start, lane)
             self._keep_busy(0)
-            self._put(end, lane.number)
+            self._put(end, lane)
         self._module.synchronize(device)
         with self._lock:
             length = sorted(self._lengths(pairs))[_PAIRS // 2]

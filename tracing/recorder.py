@@ -47,7 +47,7 @@ LISTED = 8
 _APART_BECAUSE = {"view": "a view, an allocation or metadata", "comm": "communication between processes",
                   "host": "0-dim CPU tensors alone: numbers that PyTorch keeps on the host"}
 
-Token = tuple["_Buffer", Any, Begun | None, int]
+Token = tuple["_Buffer", Any, Begun | None, "_Totals | None", str, str, int]
 _current_graph_task_id = torch._C._current_graph_task_id
 
 
@@ -91,11 +91,15 @@ def _shapes(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _device(args: tuple[Any, ...]) -> int | None:
-    """The index of the first tensor's device, -1 for the CPU; None without a tensor."""
+    """The index of the device of the first tensor that is on one, else -1 for the CPU; None without a tensor."""
+    found = None
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg.get_device()
-    return None
+        for t in arg if arg.__class__ in (list, tuple) else (arg,):
+            if isinstance(t, torch.Tensor):
+                found = t.get_device()
+                if found >= 0:
+                    return found
+    return found
 
 
 def _touched(args: tuple[Any, ...]) -> int:
@@ -199,8 +203,12 @@ class Recorder:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def begin(self, op: Any, decision: Decision) -> Token:
-        """A call is about to run; give what this returns to :meth:`end`."""
+    def begin(self, op: Any, decision: Decision, args: tuple[Any, ...] = (), signature: object = None) -> Token:
+        """A call is about to run; give what this returns to :meth:`end`. Only metadata of ``args`` is read.
+
+        Args:
+            signature: the same object for all calls of the same op, decision and metadata, whose row is then known by it.
+        """
         try:
             buffer = self._local.buffer
         except AttributeError:
@@ -210,47 +218,38 @@ class Recorder:
             # Nests under the profiler's own ranges, so that its trace shows what each call became.
             span = _RecordFunctionFast(f"gems::{op} [{decision.rule or decision.kind}]")
             span.__enter__()
-        clock = self._clock
-        # A view runs nothing on the device.
-        timed = clock.start(buffer) if clock is not None and decision.kind != "view" else None
-        return buffer, span, timed, time.perf_counter_ns()
-
-    def end(self, token: Token, op: Any, decision: Decision, args: tuple[Any, ...], signature: object = None) -> None:
-        """The call has run, or raised. Only metadata of ``args`` is read.
-
-        Args:
-            signature: the same object for all calls of the same op, decision and metadata, whose row is then known by it.
-        """
-        now = time.perf_counter_ns()
-        buffer, span, timed, began = token
-        if span is not None:
-            span.__exit__(None, None, None)
         place = buffer.place
         if _current_graph_task_id() == -1:  # as `_place` has it, which is asked where time does not count
             module, phase = place.module, place.phase
         else:
             module, phase = self.modules.backward_module(place), "backward"
         known = buffer.known.get((id(signature), module, phase)) if signature is not None else None
-        if known is None:
-            row, device = self._row(buffer, op, decision, args, module, phase), _device(args)
+        clock, timed = self._clock, None
+        if clock is not None and decision.kind != "view":  # a view runs nothing on the device
+            device = _device(args) if known is None else known[2]
+            if device != -1:
+                timed = clock.start(buffer, device)
+        return buffer, span, timed, None if known is None else known[1], module, phase, time.perf_counter_ns()
+
+    def end(self, token: Token, op: Any, decision: Decision, args: tuple[Any, ...], signature: object = None) -> None:
+        """The call has run, or raised. The arguments are those of :meth:`begin`, or a new decision and no signature."""
+        now = time.perf_counter_ns()
+        buffer, span, timed, row, module, phase, began = token
+        if span is not None:
+            span.__exit__(None, None, None)
+        if row is None or signature is None:
+            row = self._row(buffer, op, decision, args, module, phase)
             if signature is not None:
                 if len(buffer.known) >= MAX_ROWS:
                     buffer.known.clear()
-                buffer.known[id(signature), module, phase] = signature, row, device
-        else:
-            _, row, device = known
+                buffer.known[id(signature), module, phase] = signature, row, _device(args)
         row.calls += 1
         if self._dry is not None:
             return
         host_ns = now - began
         row.host_ns += host_ns
-        if timed is not None:
-            assert self._clock is not None
-            if device is not None and device != timed[0].device:
-                self._clock.give_back(timed)  # the events were on another device than the call
-            elif self._clock.stop(timed, row, began, host_ns):
-                return
-        self.timeline.add(row.number, began, host_ns, buffer.thread)
+        if timed is None or self._clock is None or not self._clock.stop(timed, row, began, host_ns):
+            self.timeline.add(row.number, began, host_ns, buffer.thread)
 
     def _row(self, buffer: _Buffer, op: Any, decision: Decision, args: tuple[Any, ...], module: str, phase: str) -> _Totals:
         """The row of a call, a new one if there is none."""
