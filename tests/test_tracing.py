@@ -769,7 +769,7 @@ class OnDevice(torch.Tensor):
 def test_events_by_cudas_driver(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on several GPUs runs most of its layers while another device is the current one."""
     fake, recorder = FakeCuda(), Recorder(INTERPRETER)
-    runtime = clock._Runtime(lambda: 0, lambda device: number, lambda: False, *fake.events)
+    runtime = clock._Runtime(lambda: 0, lambda device: number, lambda: False, fake.events)
     monkeypatch.setattr(clock, "_runtime", lambda module: runtime)
     monkeypatch.setattr(clock, "_AT_ONCE_NS", -1)
     monkeypatch.setattr(clock, "_AT_ONCE_MOST_NS", -1)
@@ -846,10 +846,10 @@ class FakeStreams(FakeDevice):
 
         return clock._Runtime(
             counted("device", self.current_device), counted("stream", lambda device: self.number),
-            counted("capturing", self.is_current_stream_capturing), lambda device: self.Event(enable_timing=True),
-            counted("record", lambda event, stream: event.record(stream)), lambda event, device: event.record(device),
-            counted("query", lambda event: event.query()),
-            lambda calls: [counted("length", call[0].elapsed_time)(call[1]) for call in calls])
+            counted("capturing", self.is_current_stream_capturing),
+            clock._Events(lambda device: self.Event(enable_timing=True), counted("record", lambda event, stream: event.record(stream)),
+                          lambda event, device: event.record(device), counted("query", lambda event: event.query()),
+                          lambda calls: [counted("length", call[0].elapsed_time)(call[1]) for call in calls]))
 
 
 def streams_recorder(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, FakeStreams]:

@@ -59,22 +59,30 @@ before, of this lane, without a pause, its row, when it began (ns of ``time.perf
 long recording its end took, in ns."""
 
 
+class _Events(NamedTuple):
+    """What is done with a device's events.
+
+    ``make`` makes one of a device; ``record`` puts one on a stream, or gives something true, when ``record_else`` must put it on
+    its device's current stream; ``lengths`` gives the milliseconds from start to end of each call.
+    """
+
+    make: Callable[[int], Any]
+    record: Callable[[Any, int | None], Any]
+    record_else: Callable[[Any, int], None]
+    query: Callable[[Any], bool]
+    lengths: Callable[[Sequence[Sequence[Any]]], list[float]]
+
+
 class _Runtime(NamedTuple):
     """The functions of a device's runtime that every call needs, with nothing around them that need not be.
 
-    ``stream`` gives the number of a device's current stream, None where streams are not told apart; ``event`` makes an event of a
-    device; ``record`` puts one on a stream, or gives something true, when ``record_else`` must put it on its device's current
-    stream; ``lengths`` gives the milliseconds from start to end of each call.
+    ``stream`` gives the number of a device's current stream, None where streams are not told apart.
     """
 
     device: Callable[[], int]
     stream: Callable[[int], int | None]
     capturing: Callable[[], bool]
-    event: Callable[[int], Any]
-    record: Callable[[Any, int | None], Any]
-    record_else: Callable[[Any, int], None]
-    query: Callable[[Any], bool]
-    lengths: Callable[[Sequence[Sequence[Any]]], list[float]]
+    events: _Events
 
 
 def _runtime(module: Any) -> _Runtime:
@@ -82,26 +90,21 @@ def _runtime(module: Any) -> _Runtime:
 
     if module is not torch.cuda or not torch.cuda.is_available():
         capturing = getattr(module, "is_current_stream_capturing", lambda: False)
-        return _Runtime(module.current_device, lambda device: None, capturing, *_events(module))
+        return _Runtime(module.current_device, lambda device: None, capturing, _events(module))
     # The public functions ask each time whether CUDA has been initialized.
     ask = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream, torch._C._cuda_isCurrentStreamCapturing
     try:
         # Recording waits while a stream's queue is full, and must let other threads run meanwhile; reading does not wait.
         record, elapsed = ctypes.CDLL("libcuda.so.1").cuEventRecord, ctypes.PyDLL("libcuda.so.1").cuEventElapsedTime
     except (OSError, AttributeError):
-        return _Runtime(*ask, *_events(module))
-    return _Runtime(*ask, *_events_by_driver(module, record, elapsed))
-
-
-_Events = tuple[Callable[[int], Any], Callable[[Any, int | None], Any], Callable[[Any, int], None], Callable[[Any], bool],
-                Callable[[Sequence[Sequence[Any]]], list[float]]]
-"""The last five functions of a :class:`_Runtime`."""
+        return _Runtime(*ask, _events(module))
+    return _Runtime(*ask, _events_by_driver(module, record, elapsed))
 
 
 def _events(module: Any) -> _Events:
-    return (lambda device: module.Event(enable_timing=True), lambda event, stream: True,
-            lambda event, device: event.record(module.current_stream(device)), lambda event: event.query(),
-            lambda calls: [call[0].elapsed_time(call[1]) for call in calls])
+    return _Events(lambda device: module.Event(enable_timing=True), lambda event, stream: True,
+                   lambda event, device: event.record(module.current_stream(device)), lambda event: event.query(),
+                   lambda calls: [call[0].elapsed_time(call[1]) for call in calls])
 
 
 def _events_by_driver(module: Any, record: Any, elapsed: Any) -> _Events:
@@ -116,7 +119,7 @@ def _events_by_driver(module: Any, record: Any, elapsed: Any) -> _Events:
     value = ctypes.c_float()
     place = ctypes.addressof(value)
 
-    def event(device: int) -> int:
+    def make(device: int) -> int:
         made = module.Event(enable_timing=True)
         made.record(module.current_stream(device))  # an event has no number before, nor a new thread a context
         number: int = made.cuda_event
@@ -126,8 +129,8 @@ def _events_by_driver(module: Any, record: Any, elapsed: Any) -> _Events:
     def lengths(calls: Sequence[Sequence[Any]]) -> list[float]:
         return [events[call[0]].elapsed_time(events[call[1]]) if elapsed(place, call[0], call[1]) else value.value for call in calls]
 
-    return (event, record, lambda event, device: events[event].record(module.current_stream(device)),
-            lambda event: events[event].query(), lengths)
+    return _Events(make, record, lambda event, device: events[event].record(module.current_stream(device)),
+                   lambda event: events[event].query(), lengths)
 
 
 class OfThread:
@@ -206,8 +209,8 @@ class DeviceClock:
 
     def __init__(self, module: Any, timeline: Timeline) -> None:
         self._module, self._timeline = module, timeline
-        (self._device, self._stream, self._capturing, self._event, self._record, self._record_else, self._query,
-         self._lengths) = _runtime(module)
+        self._device, self._stream, self._capturing, events = _runtime(module)
+        self._event, self._record, self._record_else, self._query, self._lengths = events
         self._keep_busy: Callable[[int], None] | None = getattr(module, "_sleep", None)
         self.kept_busy = 0
         self.gap_ns: int | None = None
