@@ -70,6 +70,11 @@ class Target:
         return self.backend == "cuda" and int(self.arch) == 90
 
     @functools.cached_property
+    def is_fast_in_float64(self) -> bool:
+        """Whether float64 arithmetic takes twice the time of float32's, not 64 times."""
+        return self.arch in (80, 90, 100, "gfx90a", "gfx942", "gfx950")
+
+    @functools.cached_property
     def has_wgmma(self) -> bool:
         """Whether the tensor cores read their operands from shared memory (compute capability 9.0, and 10.x in its own way)."""
         return self.backend == "cuda" and 90 <= int(self.arch) < 120

@@ -25,7 +25,7 @@ from gemsmode.plan import Decline, Plan, contiguous_strides
 from gemsmode.predicates import dtype_name
 from gemsmode.registry import planned
 from gemsmode.signature import Call, TensorMeta
-from gemsmode.target import current
+from gemsmode.target import Target, current
 
 INTERPRETED = tl.constexpr(current().interpreted)
 
@@ -417,13 +417,45 @@ def _positive_pow(x, y):
     return tl.where(defined, power, tl.exp2(rough))
 
 
+# log2((1 + s) / (1 - s)) / s with z = s**2, for 1 / sqrt(2) <= (1 + s) / (1 - s) <= sqrt(2), to 45 bits
+_LOG2 = tl.constexpr((
+    0.28288502340748234, 0.31990680380701336, 0.41220922406110433, 0.5770779426603044, 0.9617966941122649, 2.885390081777851,
+))
+# 2**f for -1 / 2 <= f <= 1 / 2, to 28 bits
+_EXP2 = tl.constexpr((
+    0.0001546144469856913, 0.0013400428177615838, 0.009618056678524637, 0.05550327226670302, 0.24022650922288757, 0.6931472067028326,
+    1.0,
+))
+
+
+@triton.jit
+def _positive_pow_32(x, y):
+    """x**y of float32, x not negative, within 0.6 ulp: in float64, as y multiplies the error of the logarithm."""
+    small = x < 1.1754943508222875e-38
+    bits = tl.where(small, x * 16777216.0, x).to(tl.int32, bitcast=True)
+    fraction = bits & 0x7FFFFF
+    upper = fraction > 0x3504F3
+    e = (bits >> 23) - tl.where(small, 151, 127) + tl.where(upper, 1, 0)
+    m = (fraction | tl.where(upper, 0x3F000000, 0x3F800000)).to(tl.float32, bitcast=True)
+    inverse = maths.fast_reciprocal(m + 1).to(tl.float64)
+    m = m.to(tl.float64)
+    inverse = inverse * (2 - (m + 1) * inverse)
+    s = (m - 1) * inverse
+    log2 = e.to(tl.float64) + s * maths.polynomial(s * s, _LOG2)
+    infinity = float("inf")
+    log2 = tl.where(x == 0, -infinity, tl.where(x < infinity, log2, x.to(tl.float64)))
+    t = maths.clip(y.to(tl.float64) * log2, -200.0, 200.0)
+    rounded = t + 6755399441055744.0  # 1.5 * 2**52, which leaves no bits for a fraction, and the integer in the lowest
+    n = rounded.to(tl.int64, bitcast=True).to(tl.int32)
+    power = maths.polynomial(t - (rounded - 6755399441055744.0), _EXP2)
+    return (power * maths.power_of_two(n, power)).to(tl.float32)
+
+
 @triton.jit
 def _float_pow_32(x, y):
-    """x**y of float32: the GPU library's own, as PyTorch's; the interpreter, which has none, takes float64."""
+    """x**y of float32: the GPU library's own, to 5 ulp; the interpreter has none."""
     if INTERPRETED:
-        x = x.to(tl.float64)
-        y = y.to(tl.float64)
-        return _float_pow(x, y, tl.exp2(y * tl.log2(tl.abs(x)))).to(tl.float32)
+        return _float_pow(x, y, _positive_pow_32(tl.abs(x), y))
     else:
         # The library takes its smallest numbers for others: those are scaled into the range of the normal ones first.
         small = tl.abs(x) < 1.1754943508222875e-38
@@ -439,6 +471,20 @@ def _pow(self, exponent):
         return _float_pow_32(self, exponent)
     else:
         return int_pow(self, exponent)
+
+
+@triton.jit
+def _pow_by_64(self, exponent):
+    """For GPUs that are fast in float64."""
+    if self.dtype == tl.float32:
+        return _float_pow(self, exponent, _positive_pow_32(tl.abs(self), exponent))
+    else:
+        return _pow(self, exponent)
+
+
+def power_on(target: Target) -> Any:
+    """The function for powers."""
+    return _pow_by_64 if target.is_fast_in_float64 else _pow
 
 
 @triton.jit
@@ -476,7 +522,7 @@ _POWERS = {2.0: _square, 3.0: _cube, 0.5: _sqrt, -0.5: _rsqrt, -1.0: _reciprocal
 
 
 def _general_power(call: Call) -> Any:
-    return _pow_fast if result_type(call.args[:2]) in (torch.float16, torch.bfloat16) else _pow
+    return _pow_fast if result_type(call.args[:2]) in (torch.float16, torch.bfloat16) else power_on(call.target)
 
 
 def _constant_power(call: Call) -> Any:

@@ -157,7 +157,8 @@ def _declare(name: str, function: Any, overloads: Sequence[str], **constants: fl
                 if given[0][0] == "number" and any(m.stride != contiguous_strides(m.shape) for m in call.args[1]):
                     raise Decline("a result that PyTorch lays out otherwise than the list")
                 missing = function.arg_names[len(given):]
-                return _plan(call, function, [*given, *[("constant", constants[n]) for n in missing]])
+                chosen = binary.power_on(call.target) if function is binary.pow else function
+                return _plan(call, chosen, [*given, *[("constant", constants[n]) for n in missing]])
 
 
 _NUMBERED = ("Scalar", "List", "ScalarList", "Tensor")
@@ -166,7 +167,7 @@ _declare("_foreach_add", binary.add, _NUMBERED, alpha=1.0)
 _declare("_foreach_sub", binary.sub, _NUMBERED, alpha=1.0)
 _declare("_foreach_mul", binary.mul, _NUMBERED)
 _declare("_foreach_div", binary.div, _NUMBERED)
-_declare("_foreach_pow", binary._pow, ("Scalar", "List", "ScalarList", "ScalarAndTensor"))
+_declare("_foreach_pow", binary.pow, ("Scalar", "List", "ScalarList", "ScalarAndTensor"))
 _declare("_foreach_maximum", binary.maximum, _NUMBERED)
 _declare("_foreach_minimum", binary.minimum, _NUMBERED)
 _declare("_foreach_clamp_min", binary.maximum, _NUMBERED)
