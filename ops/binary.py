@@ -429,33 +429,45 @@ _EXP2 = tl.constexpr((
 
 
 @triton.jit
-def _positive_pow_32(x, y):
-    """x**y of float32, x not negative, within 0.6 ulp: in float64, as y multiplies the error of the logarithm."""
-    small = x < 1.1754943508222875e-38
-    bits = tl.where(small, x * 16777216.0, x).to(tl.int32, bitcast=True)
-    fraction = bits & 0x7FFFFF
-    upper = fraction > 0x3504F3
-    e = (bits >> 23) - tl.where(small, 151, 127) + tl.where(upper, 1, 0)
-    m = (fraction | tl.where(upper, 0x3F000000, 0x3F800000)).to(tl.float32, bitcast=True)
-    inverse = maths.fast_reciprocal(m + 1).to(tl.float64)
-    m = m.to(tl.float64)
+def _pow_32_by_64(x, y):
+    """x**y of float32 within 0.6 ulp, what IEEE 754 says of special operands included: in float64, as y multiplies the error of
+    the logarithm. As few instructions as may be, since it is they that limit it; conversions from and to float64 are slow ones."""
+    infinity = float("inf")
+    a = tl.abs(x)
+    small = a < 1.1754943508222875e-38
+    # a = 2**e m with 1 / sqrt(2) <= m < sqrt(2)
+    bits = tl.where(small, a * 16777216.0, a).to(tl.int32, bitcast=True) - 0x3F3504F3
+    e = (bits >> 23).to(tl.float32) - tl.where(small, 24.0, 0.0)
+    e = tl.where(a == 0, -infinity, tl.where(a < infinity, e, a))
+    m = (bits & 0x7FFFFF) + 0x3F3504F3
+    inverse = maths.fast_reciprocal(m.to(tl.float32, bitcast=True) + 1).to(tl.float64)
+    m = ((m.to(tl.int64) << 29) + 0x3800000000000000).to(tl.float64, bitcast=True)
     inverse = inverse * (2 - (m + 1) * inverse)
     s = (m - 1) * inverse
     log2 = e.to(tl.float64) + s * maths.polynomial(s * s, _LOG2)
-    infinity = float("inf")
-    log2 = tl.where(x == 0, -infinity, tl.where(x < infinity, log2, x.to(tl.float64)))
-    t = maths.clip(y.to(tl.float64) * log2, -200.0, 200.0)
-    rounded = t + 6755399441055744.0  # 1.5 * 2**52, which leaves no bits for a fraction, and the integer in the lowest
+    # No larger exponent makes a difference; and no infinite one, of 1, a NaN.
+    limit = 1099511627776.0
+    w = tl.minimum(tl.maximum(y, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL).to(tl.float64)
+    t = w * log2
+    unit = 6755399441055744.0  # 1.5 * 2**52: a sum with it has no bits for a fraction, and the integer in the lowest
+    rounded = t + unit
     n = rounded.to(tl.int64, bitcast=True).to(tl.int32)
-    power = maths.polynomial(t - (rounded - 6755399441055744.0), _EXP2)
-    return (power * maths.power_of_two(n, power)).to(tl.float32)
+    power = maths.polynomial(t - (rounded - unit), _EXP2)
+    power = (power * maths.power_of_two(n, power)).to(tl.float32)
+    power = tl.where(t >= 128, infinity, tl.where(t < -151, 0.0, power))
+    rounded = w + unit
+    whole = rounded - unit == w
+    odd = tl.where(whole, rounded.to(tl.int64, bitcast=True).to(tl.int32) << 31, 0)
+    power = (power.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & odd)).to(tl.float32, bitcast=True)
+    power = tl.where((x < 0) & (a < infinity) & (whole == 0), float("nan"), power)
+    return tl.where((y == 0) | (x == 1), 1.0, power)
 
 
 @triton.jit
 def _float_pow_32(x, y):
     """x**y of float32: the GPU library's own, to 5 ulp; the interpreter has none."""
     if INTERPRETED:
-        return _float_pow(x, y, _positive_pow_32(tl.abs(x), y))
+        return _pow_32_by_64(x, y)
     else:
         # The library takes its smallest numbers for others: those are scaled into the range of the normal ones first.
         small = tl.abs(x) < 1.1754943508222875e-38
@@ -477,7 +489,7 @@ def _pow(self, exponent):
 def _pow_by_64(self, exponent):
     """For GPUs that are fast in float64."""
     if self.dtype == tl.float32:
-        return _float_pow(self, exponent, _positive_pow_32(tl.abs(self), exponent))
+        return _pow_32_by_64(self, exponent)
     else:
         return _pow(self, exponent)
 
