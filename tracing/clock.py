@@ -41,10 +41,10 @@ _STILL_BUSY_NS = _AHEAD * 1_000
 """For how long a device is busy that has so many calls before it, and need not be asked: events alone take it 1 us a call."""
 
 _AT_ONCE = 2.8
-"""A call that begins so many times as late after the one before it as recording that one's end took, or sooner, has that
-end as its start. On hosts of an H200, as fast or slow as they were, it took 2.2 times as long to come from one call to the next
-(2.5 times in one of ten), and 3.4 times or longer to launch something between that the mode does not see, such as another
-library's kernel, whose time would be counted with the call's."""
+"""A call that begins so many times as late after the one before it as recording an end takes (the least of a block), or sooner,
+has the end of that one as its start. On hosts of an H200, as fast or slow as they were, it took 2.2 times as long to come from
+one call to the next (2.5 times in one of ten), and 3.4 times or longer to launch something between that the mode does not
+see, such as another library's kernel, whose time would be counted with the call's."""
 
 _AT_ONCE_NS = 7_000
 """How soon that is until it has been measured."""
