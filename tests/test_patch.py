@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -90,7 +89,6 @@ def seed() -> Iterator[None]:
     # What is compared is float32: cuDNN's convolutions may take TF32, which the mode's rules then do in another order.
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         yield
-    gc.collect()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -128,12 +128,12 @@ def test_schemes(dtype: torch.dtype, scheme: str, device: str, monkeypatch: pyte
     tiles = {"loop": rows.Tile(4, 16, 4, True), "split": rows.Tile(1, 16, 4, True, 3),
              "loop along rows": rows.Tile(8, 16, 4, True, 0, False)}
     monkeypatch.setattr(softmax, "choose_tile", lambda *_: tiles[scheme])
-    x = torch.randn(6, 3000, device=device)
+    x = torch.randn(6, 600, device=device)
     x[0] = -INF
-    x[1, :2000] = -INF
+    x[1, :400] = -INF
     x[2, 5] = NAN
     x[3, -1] = 1e4
-    x[4, 2500:] = -INF
+    x[4, 500:] = -INF
     x = x.to(dtype)
     if scheme == "loop along rows":
         x = x.t().contiguous()
