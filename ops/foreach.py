@@ -10,7 +10,7 @@ Source: ``torch.optim.AdamW`` and ``torch.optim.SGD`` (documentation) for the fu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from gemsmode.plan import Alloc, Arg, Decline, Launch, Num, Out, Plan, Size, con
 from gemsmode.predicates import dtype_name
 from gemsmode.registry import aten_overloads, planned
 from gemsmode.signature import Call, TensorMeta, parameters
+from gemsmode.target import Target
 
 MAX_TENSORS = 24
 """Tensors of one launch: a program looks for its own among them, and the kernel is compiled for their number."""
@@ -142,8 +143,10 @@ def _plan(call: Call, function: Any, roles: Sequence[tuple[str, Any]], dtypes: S
 _ROLE = {"List[Tensor]": "list", "Tensor": "tensor", "number": "number", "List[number]": "numbers"}
 
 
-def _declare(name: str, function: Any, overloads: Sequence[str], **constants: float) -> None:
-    """Rules for ``name`` and its in-place form; the function's parameters are the op's in order, then ``constants``."""
+def _declare(name: str, function: Any, overloads: Sequence[str], select: Callable[[Target], Any] | None = None,
+             **constants: float) -> None:
+    """Rules for ``name`` and its in-place form; the function's parameters are the op's in order, then ``constants``. Where it
+    depends on the target what is computed by, ``select`` says so."""
     for packet in (name, f"{name}_"):
         for overload in overloads:
             if overload not in aten_overloads().get(packet, ()):
@@ -157,8 +160,7 @@ def _declare(name: str, function: Any, overloads: Sequence[str], **constants: fl
                 if given[0][0] == "number" and any(m.stride != contiguous_strides(m.shape) for m in call.args[1]):
                     raise Decline("a result that PyTorch lays out otherwise than the list")
                 missing = function.arg_names[len(given):]
-                chosen = binary.power_on(call.target) if function is binary.pow else function
-                return _plan(call, chosen, [*given, *[("constant", constants[n]) for n in missing]])
+                return _plan(call, select(call.target) if select else function, [*given, *[("constant", constants[n]) for n in missing]])
 
 
 _NUMBERED = ("Scalar", "List", "ScalarList", "Tensor")
@@ -167,7 +169,7 @@ _declare("_foreach_add", binary.add, _NUMBERED, alpha=1.0)
 _declare("_foreach_sub", binary.sub, _NUMBERED, alpha=1.0)
 _declare("_foreach_mul", binary.mul, _NUMBERED)
 _declare("_foreach_div", binary.div, _NUMBERED)
-_declare("_foreach_pow", binary.pow, ("Scalar", "List", "ScalarList", "ScalarAndTensor"))
+_declare("_foreach_pow", binary.pow, ("Scalar", "List", "ScalarList", "ScalarAndTensor"), select=binary.power_on)
 _declare("_foreach_maximum", binary.maximum, _NUMBERED)
 _declare("_foreach_minimum", binary.minimum, _NUMBERED)
 _declare("_foreach_clamp_min", binary.maximum, _NUMBERED)
