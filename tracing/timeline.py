@@ -48,12 +48,10 @@ class Timeline:
         index = next(self._indices, -1)
         place = index * _SIZE
         if not 0 <= place < len(self._bytes):
-            with self._lock:
-                if index < 0:
-                    self.dropped += 1
-                    return -1
-                while place >= len(self._bytes):
-                    self._bytes += _GROWTH
+            if index < 0:
+                self._drop(1)
+                return -1
+            self._reserve(index + 1)
         _ENTRY.pack_into(self._bytes, place, row, start, host_ns, thread, device_start, device_ns)
         return index
 
@@ -62,16 +60,22 @@ class Timeline:
         count = len(fields) // 6
         indices = list(islice(self._indices, count))  # in one step: no other thread comes between
         if len(indices) < count:
-            with self._lock:
-                self.dropped += count - len(indices)
+            self._drop(count - len(indices))
             del fields[6 * len(indices):]
         if indices:
-            end = (indices[-1] + 1) * _SIZE
-            if end > len(self._bytes):
-                with self._lock:
-                    while end > len(self._bytes):
-                        self._bytes += _GROWTH
+            self._reserve(indices[-1] + 1)
             struct.pack_into(f"{len(fields)}q", self._bytes, indices[0] * _SIZE, *fields)
+
+    def _drop(self, count: int) -> None:
+        with self._lock:
+            self.dropped += count
+
+    def _reserve(self, count: int) -> None:
+        """Make room for so many calls."""
+        if count * _SIZE > len(self._bytes):
+            with self._lock:
+                while count * _SIZE > len(self._bytes):
+                    self._bytes += _GROWTH
 
     def on_device(self, index: int, start: int, ns: int) -> None:
         """Say when call number ``index`` ran on the device."""
