@@ -293,6 +293,11 @@ def test_the_timeline_ends_and_says_so() -> None:
     assert [timeline.add(0, i, 1, 7) for i in range(5)] == [0, 1, 2, -1, -1]
     assert (len(timeline), timeline.dropped) == (3, 2)
     assert [e.start for e in timeline.entries()] == [0, 1, 2]
+    several = Timeline(limit=3)
+    several.add(9, 0, 1, 7)
+    several.extend([n for start in (1, 2, 3, 4) for n in (9, start, 1, 7, 10 * start, 5)])
+    assert (len(several), several.dropped) == (3, 2)
+    assert [(e.start, e.device_start, e.device_ns) for e in several.entries()] == [(0, 0, 0), (1, 10, 5), (2, 20, 5)]
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
@@ -460,10 +465,10 @@ def test_compiled_regions_are_noted() -> None:
 # -- device time -------------------------------------------------------------------------------------------------------
 
 
-def always_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the time between two calls, as this machine may be slow."""
+def at_once(monkeypatch: pytest.MonkeyPatch, always: bool) -> None:
+    """Let calls begin at once after each other always or never, however slow this machine is."""
     for name in ("_AT_ONCE", "_AT_ONCE_NS", "_AT_ONCE_MOST_NS"):
-        monkeypatch.setattr(clock, name, 10**12)
+        monkeypatch.setattr(clock, name, 10**12 if always else -1)
 
 
 class FakeDevice:
@@ -604,8 +609,7 @@ def test_the_typical_host_time_leaves_out_first_calls() -> None:
 
 
 def test_calls_that_follow_each_other_are_placed_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "_AT_ONCE_NS", -1)
-    monkeypatch.setattr(clock, "_AT_ONCE_MOST_NS", -1)
+    at_once(monkeypatch, always=False)
     recorder, fake = device_recorder(keeps_busy=True)
     call(recorder)
     fake.busy = True
@@ -623,7 +627,7 @@ def test_calls_that_follow_each_other_are_placed_end_to_end(monkeypatch: pytest.
 
 
 def test_a_call_that_begins_at_once_has_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    always_at_once(monkeypatch)
+    at_once(monkeypatch, always=True)
     recorder, fake = device_recorder(keeps_busy=True)
     call(recorder)
     fake.busy = True
@@ -771,8 +775,7 @@ def test_events_by_cudas_driver(number: int, monkeypatch: pytest.MonkeyPatch) ->
     fake, recorder = FakeCuda(), Recorder(INTERPRETER)
     runtime = clock._Runtime(lambda: 0, lambda device: number, lambda: False, fake.events)
     monkeypatch.setattr(clock, "_runtime", lambda module: runtime)
-    monkeypatch.setattr(clock, "_AT_ONCE_NS", -1)
-    monkeypatch.setattr(clock, "_AT_ONCE_MOST_NS", -1)
+    at_once(monkeypatch, always=False)
     recorder._clock = DeviceClock(fake, recorder.timeline)
     first, second = (torch.empty(n).as_subclass(OnDevice) for n in (2, 3))
     second.index = 1
@@ -856,7 +859,7 @@ def streams_recorder(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorder, FakeStr
     fake, recorder = FakeStreams(), Recorder(INTERPRETER)
     fake._sleep = lambda cycles: fake.naps.append(fake.now)
     monkeypatch.setattr(clock, "_runtime", fake.runtime)
-    always_at_once(monkeypatch)
+    at_once(monkeypatch, always=True)
     recorder._clock = DeviceClock(fake, recorder.timeline)
     return recorder, fake
 

@@ -87,7 +87,6 @@ class _Runtime(NamedTuple):
 
 def _runtime(module: Any) -> _Runtime:
     """The runtime behind ``torch.cuda`` or ``torch.xpu``."""
-
     if module is not torch.cuda or not torch.cuda.is_available():
         capturing = getattr(module, "is_current_stream_capturing", lambda: False)
         return _Runtime(module.current_device, lambda device: None, capturing, _events(module))
@@ -102,6 +101,7 @@ def _runtime(module: Any) -> _Runtime:
 
 
 def _events(module: Any) -> _Events:
+    """Events as PyTorch knows them."""
     return _Events(lambda device: module.Event(enable_timing=True), lambda event, stream: True,
                    lambda event, device: event.record(module.current_stream(device)), lambda event: event.query(),
                    lambda calls: [call[0].elapsed_time(call[1]) for call in calls])
@@ -153,14 +153,14 @@ class _Lane:
         ahead: starts of the last few calls on the device, of every lane.
         busy_until: until when the stream surely has work, in ns of ``time.perf_counter_ns``.
         harvest_at: how many calls are pending when those that have happened are read next.
-        begun, ended: the call that began last, and the one that ended last.
-        end, ended_at: the end of that one, and when it had been recorded.
+        begun: the call that began last.
+        end, ended_at: the end of the one that ended last, and when it had been recorded.
         at_once: how soon after the end of a call another begins "at once", in ns.
         unclear: the end of the call that was read last: it goes back into the pool unless the next call begins with it.
     """
 
-    __slots__ = ("ahead", "at_once", "begun", "busy_until", "device", "end", "ended", "ended_at", "harvest_at", "number", "pending",
-                 "placed", "pool", "read", "thread", "unclear")
+    __slots__ = ("ahead", "at_once", "begun", "busy_until", "device", "end", "ended_at", "harvest_at", "number", "pending", "placed",
+                 "pool", "read", "thread", "unclear")
 
     def __init__(self, device: int, number: int | None = None, ahead: deque[Any] | None = None) -> None:
         self.device, self.number, self.thread = device, number, threading.get_ident()
@@ -170,7 +170,6 @@ class _Lane:
         self.placed: list[int] = []
         self.busy_until, self.read, self.harvest_at, self.at_once = 0, 0, HARVEST_AT, _AT_ONCE_NS
         self.begun: Begun | None = None
-        self.ended: Begun | None = None
         self.end, self.ended_at, self.unclear = None, 0, None
 
 
@@ -253,7 +252,7 @@ class DeviceClock:
         follows = now < lane.busy_until or not self._nap(lane, now)
         last = self._ended
         # With no other call between, and no time for anything else.
-        at_once = follows and last is self._begun and last is lane.ended and last is not None and now - lane.ended_at <= lane.at_once
+        at_once = follows and last is not None and last is self._begun and last[0] is lane and now - lane.ended_at <= lane.at_once
         if at_once:
             start = lane.end
         else:
@@ -301,34 +300,30 @@ class DeviceClock:
     def stop(self, call: Begun, row: Any, began: int, host_ns: int) -> bool:
         """Record an event after the call, which goes to the timeline, and its time on the device to ``row``, once it has happened;
         False if it is not timed."""
-        lane, start, _, follows = call
+        lane, start, at_once, follows = call
         if start is None:
             row.captured += 1
             return False
         # PyTorch's own ops cannot begin a capture; what a library of ops does inside is not known.
         if lane.begun is not call or (row.foreign and self._capturing()):
-            self.give_back(call)
+            if not at_once:
+                lane.pool.append(start)
             return False
         pending = lane.pending
         end = lane.pool.pop()
         if self._record(end, lane.number):
             self._record_else(end, lane.device)
-        if self._begun is not call or self._ended is not lane.ended:
+        last = self._ended
+        if self._begun is not call or last is None or last[0] is not lane:
             follows = False  # a call of another lane came between
         now = lane.ended_at = time.perf_counter_ns()
         pending.append((start, end, follows, row, began, host_ns, now - began - host_ns))
         lane.end = end
-        lane.ended = self._ended = call
+        self._ended = call
         if len(pending) >= lane.harvest_at:
             self.harvest(lane)
             lane.ended_at = time.perf_counter_ns()
         return True
-
-    def give_back(self, call: Begun) -> None:
-        """Put the event of a call that is not to be timed back into the pool."""
-        lane, start, at_once, _ = call
-        if start is not None and not at_once:
-            lane.pool.append(start)
 
     def harvest(self, lane: _Lane, until: int | None = None) -> None:
         """Read the calls of a lane that have happened, some at once: the first ``until`` of all there were, which surely have."""
